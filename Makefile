@@ -1,0 +1,41 @@
+# make demo | make test | make check | make bench: each installs into .venv by itself the first time.
+# Another Python: make PYTHON=python3.12 demo. Other indexes or wheels for pip: make PIP_ARGS="..." demo.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+# What the demo's stages are run with: for example make demo STORE_ARGS="corpus.num_tokens=60000" OUTPUTS=outputs/small
+OUTPUTS ?= outputs/demo
+STORE_ARGS ?=
+TRAIN_ARGS ?=
+PAIRS := base_simpo base_dpo simpo_dpo
+
+.PHONY: demo test check bench
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/python -m demo outputs=$(OUTPUTS)
+	$(BIN)/python -m extract.tokens experiment=demo outputs=$(OUTPUTS) $(STORE_ARGS)
+	$(BIN)/python -m extract.activations experiment=demo outputs=$(OUTPUTS) $(STORE_ARGS)
+	set -e; for pair in $(PAIRS); do \
+	  $(BIN)/python -m train experiment=demo/$$pair outputs=$(OUTPUTS) $(STORE_ARGS) $(TRAIN_ARGS); done
+	$(BIN)/python -m analysis experiment=demo outputs=$(OUTPUTS) $(STORE_ARGS) $(TRAIN_ARGS)
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python $$file; done
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt demo/requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q $(PIP_ARGS) --no-deps -r demo/requirements.txt
+	touch $@

@@ -1,0 +1,1 @@
+"""Text to token shards to activation shards: the only package that runs language models."""

@@ -1,0 +1,233 @@
+"""How every command starts: Hydra composes the settings over a dataclass, they are checked, and errors are one line.
+
+`run(Settings, function)` is the whole main of a command. Before Hydra sees the command line, names are checked against
+the dataclass (Hydra would name the mistake, not the nearest valid setting) and two shorthands are expanded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import errno
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from extract.config import ExtractSettings, ModelConfig
+from extract.errors import BadInput
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+# Where a section of a later stage belongs, for the error that a command further up gives.
+OWNERS = {
+    "crosscoder": "python -m train",
+    "training": "python -m train",
+    "data": "python -m train",
+    "engine": "python -m train",
+    "tracking": "python -m train",
+    "analysis": "python -m analysis",
+}
+
+Settings = TypeVar("Settings", bound=ExtractSettings)
+
+
+def run(settings_class: type[Settings], function: Callable[[Settings], None]) -> None:
+    """Compose the settings from the command line, check them, call `function` with them.
+
+    Exits with 2 and one line on standard error for input that a user can mend (BadInput, no space left), with Hydra's
+    status else.
+    """
+    ConfigStore.instance().store(name="schema", node=settings_class)
+    try:
+        sys.argv[1:] = check_overrides(settings_class, sys.argv[1:])
+        if not any(argument.startswith("-") for argument in sys.argv[1:]):
+            compose(settings_class, sys.argv[1:])  # the same composition as below, for errors of one line
+    except BadInput as error:
+        sys.exit(_report(error))
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
+    def entry(config: DictConfig) -> None:
+        try:
+            function(_to_settings(settings_class, config, list(HydraConfig.get().overrides.task)))
+        except (BadInput, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+                raise
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # the launcher records which member failed
+            sys.exit(_report(error))
+        except KeyboardInterrupt:
+            print("\ninterrupted: what is finished is kept; the same command continues.", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+
+    entry()
+
+
+def compose(settings_class: type[Settings], overrides: list[str], check: bool = True) -> Settings:
+    """The settings that the command line `overrides` gives, with their cross-checks unless `check` is False."""
+    ConfigStore.instance().store(name="schema", node=settings_class)
+    overrides = check_overrides(settings_class, overrides)
+    if not any(override.startswith("experiment=") for override in overrides):
+        raise BadInput(f"No experiment is selected. Add experiment=NAME, one of: {', '.join(_experiments())}.")
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        try:
+            config = hydra.compose("config", overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise BadInput(_one_line(error)) from error
+    return _to_settings(settings_class, config, overrides, check)
+
+
+def experiment_of(settings: Settings) -> Settings:
+    """What the experiment says without the rest of the command line: the reference for what a run differs in. Not
+    checked.
+    """
+    chosen = [override for override in settings.composed_from if override.startswith("experiment=")]
+    reference = compose(type(settings), chosen, check=False)
+    reference.pair = settings.pair
+    return reference
+
+
+def pairs_of(settings: Settings) -> list[Settings]:
+    """One composition per selected pair: the study's own command line with `experiment=STUDY/PAIR` where such a file
+    exists.
+    """
+    if settings.pair is not None:
+        return [settings]
+    found = []
+    for pair in settings.pairs:
+        own = CONFIGS / "experiment" / settings.study / f"{pair}.yaml"
+        overrides = [o for o in settings.composed_from if not own.exists() or not o.startswith("experiment=")]
+        choice = [f"experiment={settings.study}/{pair}"] if own.exists() else [f"pair={pair}"]
+        found.append(compose(type(settings), [*choice, *overrides]))
+    return found
+
+
+def _to_settings(
+    settings_class: type[Settings], config: DictConfig, overrides: list[str], check: bool = True
+) -> Settings:
+    """Resolve interpolations, turn the configuration into the dataclass, and run its cross-checks."""
+    config = OmegaConf.create(config)
+    try:
+        OmegaConf.resolve(config)
+        settings = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise BadInput(_one_line(error)) from error
+    assert isinstance(settings, settings_class)
+    settings.composed_from = overrides
+    if check:
+        settings.check()
+    return settings
+
+
+def _one_line(error: BaseException) -> str:
+    """Hydra's message with its cause: the message names the setting, the cause says what is wrong with the value."""
+    parts = [error, error.__cause__] if error.__cause__ else [error]
+    return " ".join(str(part).strip().splitlines()[0].rstrip(".") + "." for part in parts)
+
+
+def check_overrides(settings_class: type[ExtractSettings], arguments: list[str]) -> list[str]:
+    """Expand the shorthands of a command line and refuse names that the command does not have.
+
+    `models.NAME=ID` becomes `models.NAME.id=ID`; `corpus=PATH` becomes `corpus.sources=[{path: PATH}]` unless it names
+    a file of `configs/corpus/`.
+    """
+    return [argument if _is_hydras(argument) else _check(settings_class, argument) for argument in arguments]
+
+
+def _is_hydras(argument: str) -> bool:
+    return argument.startswith("-") or "=" not in argument or argument.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
+def _check(settings_class: type[ExtractSettings], argument: str) -> str:
+    name, _, value = argument.partition("=")
+    name = name.strip()
+    plain = name.lstrip("+~").split("@")[0]
+    if plain == "experiment":
+        _check_experiment(value)
+    if plain == "experiment" or (CONFIGS / plain / f"{value}.yaml").exists():
+        return argument
+    if plain == "corpus":
+        return f"corpus.sources=[{{path: '{value}'}}]"
+    section = plain.split(".")[0]
+    if section in OWNERS and typing.get_type_hints(settings_class)[section] is Any:
+        raise BadInput(
+            f"{plain} is a setting of `{OWNERS[section]}`; this command does not read it. Leave it out here."
+        )
+    return f"{name}.id={value}" if _field_type(settings_class, plain) is ModelConfig else argument
+
+
+def _check_experiment(value: str) -> None:
+    """Every member of a comma-separated choice must be a file of configs/experiment."""
+    known = _experiments()
+    for choice in value.split(","):
+        if choice not in known:
+            nearest = difflib.get_close_matches(choice, known, n=1)
+            hint = f"Did you mean {nearest[0]}? " if nearest else ""
+            raise BadInput(f"experiment={choice} does not exist. {hint}Known: {', '.join(known)}.")
+
+
+def _experiments() -> list[str]:
+    folder = CONFIGS / "experiment"
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def _field_type(settings_class: type, name: str) -> Any:
+    """Type of the setting `name`; BadInput with the nearest valid name if there is none."""
+    kind: Any = settings_class
+    path: list[str] = []
+    for part in name.split("."):
+        if dataclasses.is_dataclass(kind):
+            hints = typing.get_type_hints(kind)
+            if part not in hints:
+                raise BadInput(_unknown(settings_class, name, [".".join([*path, field]) for field in hints]))
+            kind = _without_none(hints[part])
+        elif typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        elif typing.get_origin(kind) is list:
+            kind = typing.get_args(kind)[0]
+        elif kind is not Any:
+            raise BadInput(f"{name} is not a setting: {'.'.join(path)} is a single value.")
+        path.append(part)
+    return kind
+
+
+def _without_none(kind: Any) -> Any:
+    members = [member for member in typing.get_args(kind) if member is not type(None)]
+    return members[0] if type(None) in typing.get_args(kind) else kind
+
+
+def _unknown(settings_class: type, name: str, siblings: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, [*siblings, *setting_names(settings_class)], n=1)
+    hint = f"Did you mean {nearest[0]}?" if nearest else f"Valid here: {', '.join(siblings)}."
+    return f"{name} is not a setting. {hint}"
+
+
+def setting_names(settings_class: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings of a dataclass, entries of dictionaries and lists left out."""
+    for name, hint in typing.get_type_hints(settings_class).items():
+        kind = _without_none(hint)
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from setting_names(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _report(error: Exception) -> int:
+    if isinstance(error, OSError):
+        print(
+            f"error: {error.strerror}: {error.filename}. Mend that and run the command again: it continues.",
+            file=sys.stderr,
+        )
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    return EXIT_BAD_INPUT

@@ -1,0 +1,54 @@
+"""Publishing files: a path holds all of its content, safely on disk, or does not exist.
+
+Everything is written under a `.partial` name, synced, and renamed. Whoever dies on the way leaves a `.partial` that
+nobody reads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+def publish(path: Path, data: bytes | memoryview) -> None:
+    """Write `data` to `path` atomically and durably, making its folder if needed."""
+    with publishing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def publishing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `path` when the block ends, or nothing when it raises."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            rename(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError the path that it came from: "no space left on device" then says where."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def rename(partial: Path, path: Path) -> None:
+    """Rename a file or folder whose content is already synced into place, and sync the folder that holds it."""
+    partial.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,86 @@
+"""Streaming statistics of activations in float64, mergeable in any order of shards.
+
+Sums, not running means, are kept: two accumulators merge by addition, a few tokens can be taken out again by
+subtraction, and the result does not depend on how tokens were grouped beyond the rounding of float64 sums. (A running
+variance in bf16 reads a true 3.0 as 1.2.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ActivationStatistics:
+    """Sums over N tokens x_1 ... x_N of width D.
+
+    count = N, sum = sum_t x_t (D,), sum_squares = sum_t x_t^2 (D,), sum_norm = sum_t ||x_t||_2, all float64.
+    """
+
+    count: int
+    sum: Tensor
+    sum_squares: Tensor
+    sum_norm: float
+
+    @classmethod
+    def empty(cls, d_model: int) -> ActivationStatistics:
+        zeros = torch.zeros(d_model, dtype=torch.float64)
+        return cls(0, zeros, zeros.clone(), 0.0)
+
+    @classmethod
+    def of(cls, x_ND: Tensor) -> ActivationStatistics:
+        """The statistics of the rows of `x_ND` (any floating dtype)."""
+        x_ND = x_ND.double()
+        return cls(len(x_ND), x_ND.sum(0), x_ND.square().sum(0), float(x_ND.norm(dim=1).sum()))
+
+    def __add__(self, other: ActivationStatistics) -> ActivationStatistics:
+        return self._combine(other, 1)
+
+    def __sub__(self, other: ActivationStatistics) -> ActivationStatistics:
+        return self._combine(other, -1)
+
+    def _combine(self, other: ActivationStatistics, sign: int) -> ActivationStatistics:
+        return ActivationStatistics(
+            self.count + sign * other.count,
+            self.sum + sign * other.sum,
+            self.sum_squares + sign * other.sum_squares,
+            self.sum_norm + sign * other.sum_norm,
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean activation, (D,) float64; nan without tokens."""
+        return self.sum / self.count if self.count else torch.full_like(self.sum, torch.nan)
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance per dimension, (D,) float64: E[x^2] - E[x]^2, clipped at zero against rounding."""
+        if not self.count:
+            return torch.full_like(self.sum, torch.nan)
+        return (self.sum_squares / self.count - self.mean.square()).clamp(min=0)
+
+    @property
+    def mean_norm(self) -> float:
+        """Mean Euclidean norm of a token's activation."""
+        return self.sum_norm / self.count if self.count else float("nan")
+
+    def to_json(self) -> dict:
+        """Exact: Python writes a float64 with as many digits as reading it back needs."""
+        return {
+            "count": self.count,
+            "sum": self.sum.tolist(),
+            "sum_squares": self.sum_squares.tolist(),
+            "sum_norm": self.sum_norm,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict) -> ActivationStatistics:
+        return cls(
+            values["count"],
+            torch.tensor(values["sum"], dtype=torch.float64),
+            torch.tensor(values["sum_squares"], dtype=torch.float64),
+            values["sum_norm"],
+        )

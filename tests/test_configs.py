@@ -1,0 +1,118 @@
+"""Every experiment composes, the set of settings is known, every setting is read, and mistakes are named."""
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from analysis.config import AnalysisSettings
+from extract.command import CONFIGS, check_overrides, compose, experiment_of, pairs_of, setting_names
+from extract.config import ExtractSettings
+from extract.errors import BadInput
+from train.config import TrainSettings
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in CONFIGS.rglob("experiment/**/*.yaml"))
+OWN_MODELS = ["models.base=a/b", "models.tuned=c/d", "corpus=some.jsonl"]
+
+
+@pytest.mark.parametrize("settings_class", [ExtractSettings, TrainSettings, AnalysisSettings])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_for_every_stage(experiment: str, settings_class: type):
+    own = OWN_MODELS if experiment == "pair" else []
+    settings = compose(settings_class, [f"experiment={experiment}", *own])
+    study, _, pair = experiment.partition("/")
+    assert settings.study == study and Path(settings.store) == Path("outputs") / study / "store"
+    assert settings.pair == (pair or ("base_tuned" if study == "pair" else None))
+
+
+def test_the_papers_settings():
+    """Section 1 of arXiv 2509.18792: Gemma-2-9b after block 20, 114,688 latents, k = 100, 200M tokens, lr 1e-4."""
+    settings = compose(TrainSettings, ["experiment=gemma2_9b/pt_simpo"])
+    assert (settings.crosscoder.num_latents, settings.crosscoder.k) == (114_688, 100) and 114_688 == 32 * 3584
+    assert (settings.training.num_tokens, settings.training.lr) == (200_000_000, 1e-4)
+    assert (settings.training.num_tokens_per_step, settings.training.warmup_steps) == (2048, 1000)
+    assert settings.hookpoint == "block20" and settings.corpus.context_length == 1024
+    assert [source.share for source in settings.corpus.sources] == [0.5, 0.5]
+    assert settings.pairs == {"pt_it": ["pt", "it"], "pt_simpo": ["pt", "simpo"], "it_simpo": ["it", "simpo"], "pt_dpo": ["pt", "dpo"]}
+    assert settings.crosscoder.auxk_alpha == 1 / 32 and settings.crosscoder.dead_after_tokens == 10_000_000
+
+
+def test_every_file_of_every_group_is_used_or_loads():
+    for path in CONFIGS.rglob("*.yaml"):
+        OmegaConf.load(path)
+
+
+def test_every_setting_is_read_somewhere():
+    """A setting that no code reads is a promise that nobody keeps."""
+    code = "\n".join(p.read_text() for package in ("extract", "train", "analysis") for p in (ROOT / package).glob("*.py"))
+    declared = "\n".join(p.read_text() for p in ROOT.glob("*/config.py"))
+    for name in setting_names(AnalysisSettings):
+        field = name.split(".")[-1]
+        uses = len(re.findall(rf"\.{field}\b", code))
+        assert uses, f"{name} is declared but never read"
+        assert re.search(rf"\b{field}:", declared)
+
+
+def test_every_field_is_documented():
+    """The line above a field is its comment (a section's field is documented by the docstring of its class)."""
+    for file in ROOT.glob("*/config.py"):
+        lines = file.read_text().splitlines()
+        for number, line in enumerate(lines):
+            field = re.match(r"    (\w+): ([\w.\[\], |]+) = ", line)
+            if field and not field[2].endswith("Config") and lines[number - 1].strip() and "sources" not in line:
+                commented = lines[number - 1].strip().startswith("#")
+                assert commented or "Any = None" in line, f"{file.name}, line {number + 1}: {line.strip()}"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("crosscoder.num_latent=3", "Did you mean crosscoder.num_latents?"),
+        ("hookpiont=block1", "Did you mean hookpoint?"),
+        ("trainig.lr=1", "Did you mean training.lr?"),
+        ("crosscoder.k=many", "'many' of type 'str' could not be converted to Integer"),
+        ("crosscoder.k=5000", "k=5000"),
+        ("models.simpo.adpter=x", "Did you mean models.simpo.adapter?"),
+        ("models.instruct=x", "models.instruct"),
+        ("hookpoint=20", "block"),
+        ("experiment=demos", "Did you mean demo?"),
+    ],
+)
+def test_mistakes_name_the_nearest_valid_setting(argument: str, message: str):
+    experiment = [] if argument.startswith("experiment") else ["experiment=demo/base_simpo"]
+    if argument.startswith("models.instruct"):  # a model that no pair names is allowed; a pair that names no model is not
+        argument = "pairs.base_simpo=[base,instruct]"
+        message = "must name two or more different models"
+    with pytest.raises(BadInput, match=re.escape(message)):
+        compose(TrainSettings, [*experiment, argument])
+
+
+def test_a_section_of_a_later_stage_names_its_command():
+    with pytest.raises(BadInput, match="crosscoder.k is a setting of python -m train"):
+        compose(ExtractSettings, ["experiment=demo", "crosscoder.k=5"])
+
+
+def test_no_experiment_lists_them():
+    with pytest.raises(BadInput, match="experiment=NAME, one of: demo, demo/base_dpo"):
+        compose(ExtractSettings, [])
+
+
+def test_shorthands():
+    assert check_overrides(ExtractSettings, ["models.base=x/y", "corpus=dir/a.jsonl", "corpus=fineweb_lmsys"]) == [
+        "models.base.id=x/y",
+        "corpus.sources=[{path: 'dir/a.jsonl'}]",
+        "corpus=fineweb_lmsys",
+    ]
+
+
+def test_one_setting_moves_everything_and_one_the_store():
+    settings = compose(ExtractSettings, ["experiment=demo", "outputs=/a", "store=/b"])
+    assert settings.tokens_folder == Path("/b/tokens") and settings.models["base"].id == "/a/base_model"
+
+
+def test_pairs_keep_the_command_line_and_the_experiment_is_its_reference():
+    settings = compose(TrainSettings, ["experiment=demo", "crosscoder.k=7"])
+    assert [(s.pair, s.crosscoder.k) for s in pairs_of(settings)] == [("base_simpo", 7), ("base_dpo", 7), ("simpo_dpo", 7)]
+    assert experiment_of(pairs_of(settings)[0]).crosscoder.k == 24

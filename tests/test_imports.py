@@ -1,0 +1,50 @@
+"""Imports go one way, analysis -> train -> extract; lazy imports inside functions count too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = {"extract": 0, "train": 1, "analysis": 2, "demo": 3}
+
+
+def imported_packages(source: str) -> set[str]:
+    """Top-level names that a module imports, anywhere in it, literal importlib calls included."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            found |= {str(a.value).split(".")[0] for a in node.args if isinstance(a, ast.Constant)}
+    return found
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_no_package_imports_one_above_it(package: str):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files, f"{package} has no modules"
+    for file in files:
+        above = [name for name in imported_packages(file.read_text()) if ORDER.get(name, -1) > ORDER[package]]
+        assert not above, f"{file.relative_to(ROOT)} imports {above}"
+
+
+def test_the_check_sees_every_form_of_import():
+    source = "def f():\n import train.data\n from analysis import x\n import importlib\n importlib.import_module('demo.y')"
+    assert {"train", "analysis", "demo"} <= imported_packages(source)
+
+
+def test_every_module_is_on_the_map():
+    """ARCHITECTURE.md names every module, and only modules that exist."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for package in ("extract", "train", "analysis"):
+        section = text.split(f"### {package}\n")[1].split("\n### ")[0].split("\n## ")[0]
+        rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+        named = {name.strip().strip("`") for row in rows for name in row.split(",")}
+        there = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__", "__main__"}
+        assert named == there, f"{package}: only on the map {named - there}, not on the map {there - named}"
