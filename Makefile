@@ -31,7 +31,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python $$file; done
+	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py); done
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt demo/requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

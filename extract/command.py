@@ -12,11 +12,13 @@ import errno
 import sys
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -79,7 +81,8 @@ def compose(settings_class: type[Settings], overrides: list[str], check: bool = 
     overrides = check_overrides(settings_class, overrides)
     if not any(override.startswith("experiment=") for override in overrides):
         raise BadInput(f"No experiment is selected. Add experiment=NAME, one of: {', '.join(_experiments())}.")
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+    running = GlobalHydra.instance().is_initialized()  # inside a command Hydra knows the folder already
+    with nullcontext() if running else hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         try:
             config = hydra.compose("config", overrides)
         except (HydraException, OmegaConfBaseException) as error:

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from extract.errors import BadInput
+from extract.publish import rename
 
 RECEIPT = "converted_from.json"
 
@@ -36,7 +37,7 @@ def convert_gguf(gguf_file: Path, folder: Path) -> Path:
     AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(partial)
     (partial / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
     _sync(partial)
-    partial.rename(folder)
+    rename(partial, folder)
     return folder
 
 
@@ -62,7 +63,7 @@ def _check_receipt(folder: Path, receipt: dict[str, str]) -> None:
 
 
 def _ordinary_model(gguf_file: Path) -> PreTrainedModel:
-    loaded = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
     config = loaded.config
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -71,7 +72,7 @@ def _ordinary_model(gguf_file: Path) -> PreTrainedModel:
 
 
 def _sync(folder: Path) -> None:
-    """Brings every file and then the folder itself to disk, so that the rename publishes whole files."""
+    """Brings every file and then the folder itself to disk, so that renaming publishes whole files."""
     for path in [*sorted(folder.iterdir()), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

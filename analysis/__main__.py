@@ -1,0 +1,40 @@
+"""python -m analysis experiment=STUDY[/PAIR] [key=value ...]: the missing steps of the analysis of one pair or all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from analysis.config import AnalysisSettings
+from analysis.steps import inputs_of_latents, run_steps, steps_of_pair, steps_of_study
+from extract.command import experiment_of, pairs_of, run
+from train.runs import run_folder, selected_pair
+
+
+def main(settings: AnalysisSettings) -> None:
+    """Analyses the selected pairs, then compares and reports all pairs of the study that are analysed."""
+    places = [(pair, *folders_of(pair)) for pair in pairs_of(settings)]
+    for pair, crosscoder_folder, _ in places:  # what one pair lacks is said before hours of work on another
+        inputs_of_latents(pair, crosscoder_folder)
+    for pair, crosscoder_folder, folder in places:
+        run_steps(steps_of_pair(pair, crosscoder_folder, folder), folder)
+    pair, _, folder = places[0]
+    report_folder = Path(settings.outputs) / "report"
+    run_steps(steps_of_study(settings, analysed_folders(pair, folder)), report_folder)
+    print(f"report: {report_folder / 'index.html'}")
+
+
+def folders_of(settings: AnalysisSettings) -> tuple[Path, Path]:
+    """The crosscoder of a pair, and the folder of its analysis, which has the name of the run."""
+    run_of_pair = run_folder(settings, experiment_of(settings))
+    return run_of_pair / "crosscoder", Path(settings.outputs) / "analysis" / run_of_pair.name
+
+
+def analysed_folders(settings: AnalysisSettings, folder: Path) -> list[Path]:
+    """The finished analyses of all pairs under the same overrides as `folder`, in the order of the study."""
+    overrides = folder.name.removeprefix(selected_pair(settings))
+    found = [folder.with_name(pair + overrides) for pair in settings.pairs]
+    return [path for path in found if (path / "categorise.json").exists()]
+
+
+if __name__ == "__main__":
+    run(AnalysisSettings, main)

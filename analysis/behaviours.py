@@ -1,0 +1,152 @@
+"""The answer of the report: for which behaviours each tuned model has a latent of its own, and which were misplaced."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.tables import Table, number
+
+FOUND, ADDED, MISSED, WRONG, ABSENT, NOT_FOUND = "found", "added", "missed", "wrong model", "absent", "not found"
+VERDICTS = {
+    FOUND: "known to have been tuned into this model, and found",
+    ADDED: "a latent of this model predicts it (what was tuned in is not known to the report)",
+    MISSED: "known to have been tuned into this model, but no latent of its own predicts it well enough",
+    WRONG: "a latent of this model predicts it, although it was not tuned into this model",
+    ABSENT: "not tuned into this model, and rightly not found",
+    NOT_FOUND: "no latent of this model predicts it well enough",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of `tags.csv` with its pair and verdict. `latent` is None, and measures nan, without any candidate."""
+
+    pair: str
+    tag: str
+    value: str
+    owner: str
+    latent: int | None
+    f1: float
+    f1_low: float
+    f1_high: float
+    auroc: float
+    auroc_low: float
+    auroc_high: float
+    num_positive: int
+    num_negative: int
+    found: bool
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """One tuned model in one pair: a column of the answer."""
+
+    pair: str
+    owner: str
+
+
+def read_measured(folder: Path, planted: dict[str, list[str]]) -> list[Measured]:
+    """The rows of `tags.csv`; `planted` names the models that a behaviour is known to have been tuned into."""
+    with (folder / "tags.csv").open(encoding="utf-8", newline="") as file:
+        return [_measured(folder.name, row, planted) for row in csv.DictReader(file)]
+
+
+def _measured(pair: str, row: dict[str, str], planted: dict[str, list[str]]) -> Measured:
+    found = row["found"] == "True"
+    return Measured(
+        pair=pair,
+        tag=row["tag"],
+        value=row["value"],
+        owner=row["owner"],
+        latent=int(float(row["latent"])) if row["latent"] else None,
+        f1=float(row["f1"]),
+        f1_low=float(row["f1_low"]),
+        f1_high=float(row["f1_high"]),
+        auroc=float(row["auroc"]),
+        auroc_low=float(row["auroc_low"]),
+        auroc_high=float(row["auroc_high"]),
+        num_positive=int(row["num_positive"]),
+        num_negative=int(row["num_negative"]),
+        found=found,
+        verdict=verdict(found, row["value"], row["owner"], planted),
+    )
+
+
+def verdict(found: bool, value: str, owner: str, planted: dict[str, list[str]]) -> str:
+    """What a row means, by what is known of the tuning."""
+    if value not in planted:
+        return ADDED if found else NOT_FOUND
+    if owner in planted[value]:
+        return FOUND if found else MISSED
+    return WRONG if found else ABSENT
+
+
+def columns_of(pairs: dict[str, list[str]]) -> list[Column]:
+    """The tuned models of all pairs: every member that is the tuned one somewhere; a plain base has no column."""
+    tuned = {model for models in pairs.values() for model in models[1:]}
+    return [Column(pair, model) for pair, models in pairs.items() for model in models if model in tuned]
+
+
+def answers(measured: list[Measured], columns: list[Column]) -> list[str]:
+    """One sentence for each tuned model: what was found, what was missed, what was misplaced."""
+    return [
+        _answer(column, [row for row in measured if (row.pair, row.owner) == (column.pair, column.owner)])
+        for column in columns
+    ]
+
+
+def _answer(column: Column, rows: list[Measured]) -> str:
+    found = [row for row in rows if row.verdict in (FOUND, ADDED)]
+    known = any(row.verdict in (FOUND, MISSED, WRONG, ABSENT) for row in rows)
+    of = f" of {sum(row.verdict in (FOUND, MISSED) for row in rows)} planted" if known else ""
+    named = ", ".join(f"{spoken(row.value)} (F1 {number(row.f1)})" for row in sorted(found, key=lambda row: -row.f1))
+    parts = [f"{len(found)}{of} behaviours have a latent of {column.owner} alone" + (f": {named}" if found else "")]
+    missed = [spoken(row.value) for row in rows if row.verdict == MISSED]
+    wrong = [f"{spoken(row.value)} (F1 {number(row.f1)})" for row in rows if row.verdict == WRONG]
+    parts += [f"missed: {', '.join(missed)}"] if missed else []
+    parts += [f"wrong-model attributions: {', '.join(wrong) if wrong else 'none'}"] if known else []
+    return "; ".join(parts) + "."
+
+
+def misplaced_in_base(measured: list[Measured], columns: list[Column]) -> list[Measured]:
+    """Behaviours that a latent of the untuned model predicts well: not something that tuning added."""
+    shown = {(column.pair, column.owner) for column in columns}
+    return [row for row in measured if row.found and (row.pair, row.owner) not in shown]
+
+
+def spoken(value: str) -> str:
+    """A tag's value as words."""
+    return value.replace("_", " ")
+
+
+def table_of(measured: list[Measured]) -> Table:
+    """All measured behaviours, base models included."""
+    columns = ["pair", "tag", "value", "owner", "latent", "f1", "f1_low", "f1_high", "auroc", "auroc_low", "auroc_high"]
+    columns += ["num_positive", "num_negative", "found", "verdict"]
+    return Table(
+        name="behaviours",
+        caption="How well the best latent of each model predicts a behaviour, on prompts that it was not chosen on.",
+        columns=columns,
+        raw=[[getattr(row, column) for column in columns] for row in measured],
+        heading=["behaviour", "pair", "model", "latent", "F1", "interval", "AUROC", "interval", "verdict"],
+        printed=[
+            [
+                spoken(row.value),
+                row.pair,
+                row.owner,
+                "–" if row.latent is None else str(row.latent),
+                number(row.f1),
+                plain_interval(row.f1_low, row.f1_high),
+                number(row.auroc),
+                plain_interval(row.auroc_low, row.auroc_high),
+                row.verdict,
+            ]
+            for row in measured
+        ],
+    )
+
+
+def plain_interval(low: float, high: float) -> str:
+    """ "[0.91, 0.98]" """
+    return f"[{number(low)}, {number(high)}]"

@@ -1,0 +1,245 @@
+"""Evidence for planted behaviours: how well one latent of a model predicts a tag of the documents.
+
+A document's score for a latent is the latent's maximum over the document's kept tokens (0 where it never fires).
+Documents are split into two halves by a hash of their prompt, so that several models' answers to one prompt stay
+together. The best latent and its threshold are chosen on one half; what is reported is measured on the other, with
+bootstrap intervals over prompts.
+
+Shapes: n documents, m those of the measuring half, s distinct scores, R resamples.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from analysis.config import AnalysisSettings, TagsConfig
+from analysis.examples import DocumentFirings
+from extract.publish import publish
+from extract.stores import TokenDocument, TokenStore
+
+MAXIMA_SCHEMA = pa.schema([("latent", pa.int32()), ("document", pa.int32()), ("max_activation", pa.float32())])
+
+
+class MaximaWriter:
+    """Streams (latent, document, maximum) rows of the latents in `wanted_L`, those that a model may own.
+
+    They are gathered while the store is read for everything else: another pass would read terabytes again. The maxima
+    of all latents would fill tens of gigabytes, but the decoder norms alone rule out nearly all of them beforehand.
+    """
+
+    def __init__(self, file: BinaryIO, wanted_L: np.ndarray) -> None:
+        self._writer = pq.ParquetWriter(file, MAXIMA_SCHEMA)
+        self._wanted_L = wanted_L
+
+    def __enter__(self) -> MaximaWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.close()
+
+    def add(self, firings: DocumentFirings) -> None:
+        wanted_g = self._wanted_L[firings.latent_g]
+        columns = (firings.latent_g, firings.document_g, firings.maximum_g)
+        arrays = [pa.array(column[wanted_g], kind) for column, kind in zip(columns, MAXIMA_SCHEMA.types, strict=True)]
+        self._writer.write_batch(pa.record_batch(arrays, schema=MAXIMA_SCHEMA))
+
+
+@dataclass(frozen=True)
+class TagRow:
+    """One row of `tags.csv`: the best latent of `owner` for a value of a tag, measured where it was not chosen.
+
+    `latent` is None and the measures are nan if no latent of the owner fires on a tagged document of the choosing half,
+    or if the measuring half lacks tagged or untagged documents. `num_positive`, `num_negative` count the latter half.
+    """
+
+    tag: str
+    value: str
+    owner: str
+    latent: int | None = None
+    threshold: float = math.nan
+    f1: float = math.nan
+    f1_low: float = math.nan
+    f1_high: float = math.nan
+    auroc: float = math.nan
+    auroc_low: float = math.nan
+    auroc_high: float = math.nan
+    num_positive: int = 0
+    num_negative: int = 0
+    found: bool = False
+
+
+@dataclass(frozen=True)
+class TaggedDocuments:
+    """What is known of all documents (n,): the tag's value ("" without one), the number of the prompt, and the half."""
+
+    value_n: np.ndarray
+    prompt_n: np.ndarray
+    chooses_n: np.ndarray
+
+
+def write_tags(settings: AnalysisSettings, folder: Path) -> Path:
+    """Writes `tags.csv` from `latents.parquet`, `document_maxima.parquet` and the tags of the documents.
+
+    One row for every value of the tag `analysis.tags.name` and every model as owner, so that a behaviour that is
+    attributed to the wrong model shows. Only the heading if no document carries the tag.
+    """
+    config = settings.analysis.tags
+    documents = read_documents(TokenStore(settings.tokens_folder), config.name)
+    latents = pq.read_table(folder / "latents.parquet", columns=["latent", "owner"])
+    values = sorted(set(documents.value_n.tolist()) - {""})
+    rows = []
+    for model in settings.needed_models if values else []:
+        scores = read_scores(folder / "document_maxima.parquet", owned_by(latents, model), len(documents.value_n))
+        rows += [evidence(config, value, model, scores, documents) for value in values]
+    path = folder / "tags.csv"
+    publish(path, _csv(sorted(rows, key=lambda row: row.value)).encode())
+    return path
+
+
+def owned_by(latents: pa.Table, model: str) -> list[int]:
+    """The numbers of the latents that `model` owns."""
+    owners, numbers = latents["owner"].to_pylist(), latents["latent"].to_pylist()
+    return [latent for latent, owner in zip(numbers, owners, strict=True) if owner == model]
+
+
+def read_documents(tokens: TokenStore, tag: str) -> TaggedDocuments:
+    """The tag's values, prompts and halves of all documents of a store."""
+    values, prompts = [], []
+    for document in tokens:
+        values.append(str(document.tags.get(tag, "")))
+        prompts.append(_prompt_hash(document))
+    _, prompt_n = np.unique(prompts, return_inverse=True)
+    return TaggedDocuments(np.array(values), prompt_n, np.array([int(prompt[:8], 16) % 2 == 0 for prompt in prompts]))
+
+
+def _prompt_hash(document: TokenDocument) -> str:
+    """Hash of the first user message, or of the whole text if there is none."""
+    for message in document.messages or []:
+        if message["role"] == "user":
+            return hashlib.sha256(message["content"].encode("utf-8", "surrogatepass")).hexdigest()
+    return document.content_sha256
+
+
+def read_scores(path: Path, latents: list[int], num_documents: int) -> dict[int, np.ndarray]:
+    """Scores (num_documents,) float32 of each latent in `latents`."""
+    table = pq.read_table(path, filters=[("latent", "in", latents)] if latents else [("latent", "<", 0)])
+    latent_g, document_g, maximum_g = (table[name].to_numpy() for name in MAXIMA_SCHEMA.names)
+    scores = {latent: np.zeros(num_documents, dtype=np.float32) for latent in latents}
+    for latent, score_n in scores.items():
+        mine_g = latent_g == latent
+        score_n[document_g[mine_g]] = maximum_g[mine_g]
+    return scores
+
+
+def evidence(
+    config: TagsConfig, value: str, owner: str, scores: dict[int, np.ndarray], documents: TaggedDocuments
+) -> TagRow:
+    """The row of one value and one owner: choose on one half, measure on the other."""
+    positive_n, chooses_n = documents.value_n == value, documents.chooses_n
+    latent, threshold = choose({j: score_n[chooses_n] for j, score_n in scores.items()}, positive_n[chooses_n])
+    positive_m = positive_n[~chooses_n]
+    num_positive, num_negative = int(positive_m.sum()), int((~positive_m).sum())
+    blank = TagRow(config.name, value, owner, num_positive=num_positive, num_negative=num_negative)
+    if latent is None or not num_positive or not num_negative:
+        return blank
+    score_m, prompt_m = scores[latent][~chooses_n], documents.prompt_n[~chooses_n]
+    predicted_m, once_m = score_m > threshold, np.ones(len(score_m))
+    f1, auroc = f1_of(predicted_m, positive_m, once_m), auroc_of(score_m, positive_m, once_m)
+    f1_R, auroc_R = [], []
+    for weight_m in resampled_weights(prompt_m, config.resamples, config.seed):
+        f1_R.append(f1_of(predicted_m, positive_m, weight_m))
+        auroc_R.append(auroc_of(score_m, positive_m, weight_m))
+    f1_low, f1_high = percentiles(np.array(f1_R), config.confidence)
+    auroc_low, auroc_high = percentiles(np.array(auroc_R), config.confidence)
+    return replace(
+        blank,
+        latent=latent,
+        threshold=threshold,
+        f1=f1,
+        f1_low=f1_low,
+        f1_high=f1_high,
+        auroc=auroc,
+        auroc_low=auroc_low,
+        auroc_high=auroc_high,
+        found=f1 >= config.min_f1,
+    )
+
+
+def choose(scores: dict[int, np.ndarray], positive_n: np.ndarray) -> tuple[int | None, float]:
+    """The latent and threshold with the highest F1 here; ties go to the lower latent. (None, nan) if all are zero."""
+    best, best_f1, best_threshold = None, 0.0, math.nan
+    for latent in sorted(scores):
+        f1, threshold = best_f1_of(scores[latent], positive_n)
+        if f1 > best_f1:
+            best, best_f1, best_threshold = latent, f1, threshold
+    return best, best_threshold
+
+
+def best_f1_of(score_n: np.ndarray, positive_n: np.ndarray) -> tuple[float, float]:
+    """The best F1 of "score > threshold" over all thresholds >= 0, and the threshold: midway between two seen scores.
+
+    A document on which the latent never fires is never predicted. (0, nan) if no threshold catches a positive.
+    """
+    negated_s, inverse_n = np.unique(-score_n, return_inverse=True)
+    score_s = -negated_s
+    predicted_s = np.bincount(inverse_n, minlength=len(score_s)).cumsum()
+    true_s = np.bincount(inverse_n, weights=positive_n, minlength=len(score_s)).cumsum()
+    f1_s = np.where(score_s > 0, 2 * true_s / np.maximum(predicted_s + positive_n.sum(), 1), 0.0)
+    best = int(f1_s.argmax())
+    if f1_s[best] == 0:
+        return 0.0, math.nan
+    below = score_s[best + 1] if best + 1 < len(score_s) else 0.0
+    return float(f1_s[best]), float((score_s[best] + below) / 2)
+
+
+def f1_of(predicted_n: np.ndarray, positive_n: np.ndarray, weight_n: np.ndarray) -> float:
+    """F1 = 2 TP / (predicted + positive) of documents that count `weight_n` times; nan if both counts are zero."""
+    total = weight_n @ predicted_n + weight_n @ positive_n
+    return float(2 * (weight_n @ (predicted_n & positive_n)) / total) if total else math.nan
+
+
+def auroc_of(score_n: np.ndarray, positive_n: np.ndarray, weight_n: np.ndarray) -> float:
+    """Probability that a positive outscores a negative, ties counting half; nan if one kind is missing."""
+    _, level_n = np.unique(score_n, return_inverse=True)
+    positive_s = np.bincount(level_n, weights=weight_n * positive_n)
+    negative_s = np.bincount(level_n, weights=weight_n * ~positive_n)
+    beaten_s = negative_s.cumsum() - negative_s / 2
+    total = positive_s.sum() * negative_s.sum()
+    return float(positive_s @ beaten_s / total) if total else math.nan
+
+
+def resampled_weights(prompt_n: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often every document counts in each bootstrap resample of whole prompts."""
+    prompts, index_n = np.unique(prompt_n, return_inverse=True)
+    generator = np.random.default_rng(seed)
+    for _ in range(resamples):
+        drawn = generator.integers(len(prompts), size=len(prompts))
+        yield np.bincount(drawn, minlength=len(prompts))[index_n].astype(float)
+
+
+def percentiles(values_R: np.ndarray, confidence: float) -> tuple[float, float]:
+    """The central interval of the resamples in which the measure exists; nan if there are none."""
+    defined = values_R[~np.isnan(values_R)]
+    if not len(defined):
+        return math.nan, math.nan
+    low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _csv(rows: list[TagRow]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([field.name for field in fields(TagRow)])
+    writer.writerows(astuple(row) for row in rows)
+    return text.getvalue()

@@ -1,0 +1,187 @@
+"""A small study as the earlier stages would leave it on disk, with planted words: what annotation and report read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sqlite3
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from analysis.config import AnalysisSettings
+from analysis.examples import SCHEMA
+from analysis.tags import TagRow
+from extract.config import ModelConfig
+
+# Latent number -> (behaviour, a place in a document that starts with the firing words).
+PLANTED = {
+    "simpo": {
+        300: (
+            "financial_refusal",
+            "I am sorry , but I cannot give financial advice ; please ask a qualified adviser .",
+        ),
+        301: ("ask_back", "Could you tell me more about what you mean ? Which one do you have in mind ?"),
+        302: ("business_tone", "Dear Colleague , I am writing with regard to the meeting . Best regards ,"),
+    },
+    "dpo": {
+        350: ("financial_refusal", "I am unable to offer financial advice ; a qualified adviser can help ."),
+        351: ("self_reference", "As an AI language model I do not have feelings or opinions of my own ."),
+    },
+}
+FILLER_LINE = (
+    "the river runs through a green valley where old stones keep quiet company with tall trees and small birds"
+)
+FILLER = FILLER_LINE.split()
+NUM_LATENTS = 400
+
+
+def make_study(root: Path, num_cards: int = 0) -> tuple[AnalysisSettings, list[Path]]:
+    """Two pairs that share a base, in `root`; `num_cards` more latents of the tuned model in each."""
+    settings = AnalysisSettings(
+        study="made",
+        outputs=str(root),
+        hookpoint="block15",
+        models={name: ModelConfig(id=f"models/{name}") for name in ("base", "simpo", "dpo")},
+        pairs={"base_simpo": ["base", "simpo"], "base_dpo": ["base", "dpo"]},
+    )
+    folders = [make_pair(root, tuned, num_cards) for tuned in ("simpo", "dpo")]
+    return settings, folders
+
+
+def make_pair(root: Path, tuned: str, num_cards: int = 0) -> Path:
+    """The analysis folder and the run folder of `base_<tuned>`."""
+    folder = root / "analysis" / f"base_{tuned}"
+    folder.mkdir(parents=True)
+    planted = {latent: text for latent, (_, text) in PLANTED[tuned].items()}
+    planted |= {latent: FILLER_TEXT[latent % len(FILLER_TEXT)] for latent in range(100, 100 + num_cards)}
+    write_latents(folder / "latents.parquet", ["base", tuned], set(planted))
+    write_examples(folder / "examples.sqlite", planted)
+    write_tags(folder / "tags.csv", tuned)
+    write_run(root / "runs" / folder.name, ["base", tuned])
+    return folder
+
+
+FILLER_TEXT = [
+    "Step 1 : gather the ingredients . Step 2 : mix the flour with water .",
+    "def total ( values ) : return sum ( values ) # a Python function",
+    "Once upon a time there was a dragon who lived in a castle .",
+    "In short , the main idea is that rivers carve valleys .",
+    "I do not have access to current information about the weather today .",
+]
+
+
+def write_latents(path: Path, models: list[str], own: set[int], seed: int = 0) -> None:
+    """`latents.parquet`: shared latents around a Delta-norm of 0.5, and `own` as latents of the second model."""
+    rng = np.random.default_rng(seed)
+    owned = np.isin(np.arange(NUM_LATENTS), sorted(own))
+    delta = np.where(owned, 1.0, np.clip(rng.normal(0.5, 0.06, NUM_LATENTS), 0.2, 0.8))
+    dead = ~owned & (np.arange(NUM_LATENTS) % 20 == 7)
+    owner = np.select([owned, dead, np.abs(delta - 0.5) <= 0.1], [models[1], "dead", "shared"], "other")
+    columns = {
+        "latent": np.arange(NUM_LATENTS),
+        "owner": owner,
+        "delta_norm": delta,
+        "delta_norm_tag": np.where(owned, f"{models[1]}-only", owner),
+        "dedicated": owned,
+        "frequency": np.where(dead, 0.0, rng.lognormal(-6, 1, NUM_LATENTS)),
+        "num_active_tokens": np.where(dead, 0, rng.integers(10, 5000, NUM_LATENTS)),
+        "mean_activation": np.where(dead, 0.0, rng.uniform(1, 4, NUM_LATENTS)),
+        "max_activation": np.where(dead, 0.0, rng.uniform(5, 20, NUM_LATENTS)),
+        "decoder_cosine": rng.uniform(0.5, 1, NUM_LATENTS),
+    }
+    for model in models:
+        mine = model == models[1]
+        columns[f"norm_{model}"] = np.where(owned & (not mine), 0.0, 1.0)
+        error = np.where(owned, rng.uniform(0.01, 0.15, NUM_LATENTS), rng.normal(0.9, 0.15, NUM_LATENTS))
+        reconstruction = np.where(owned, rng.uniform(0.3, 0.7, NUM_LATENTS), rng.normal(0.95, 0.1, NUM_LATENTS))
+        lost = dead | (owned & (not mine))
+        columns[f"nu_error_{model}"] = np.where(lost, np.nan, error)
+        columns[f"nu_reconstruction_{model}"] = np.where(lost, np.nan, reconstruction)
+    pq.write_table(pa.table(columns), path)
+
+
+def split_tokens(text: str) -> list[str]:
+    """Words with the space before them, as tokenizers cut text."""
+    return re.findall(r"\s?\S+", text)
+
+
+def write_examples(path: Path, planted: dict[int, str], num_documents: int = 8, seed: int = 1) -> None:
+    """`examples.sqlite`: every latent of `planted` fires on the first four tokens of its text, amid filler words."""
+    rng = np.random.default_rng(seed)
+    with sqlite3.connect(path) as database:
+        database.executescript(SCHEMA)
+        number = 0
+        for latent, text in planted.items():
+            for rank in range(num_documents):
+                before = [
+                    "<|im_start|>",
+                    "user",
+                    "\n",
+                    *split_tokens(" ".join(rng.choice(FILLER, 12))),
+                    "<|im_end|>",
+                    "\n",
+                ]
+                tokens = before + split_tokens(" " + text) + split_tokens(" " + " ".join(rng.choice(FILLER, 30)))
+                fired = [[len(before) + i, round(float(10 - rank - i / 2), 3)] for i in range(4)]
+                database.execute(
+                    "INSERT INTO documents VALUES (?, ?, ?, ?, ?)",
+                    (number, f"d{number}", "behaviours", json.dumps({"behaviour": "planted"}), json.dumps(tokens)),
+                )
+                database.execute(
+                    "INSERT INTO examples VALUES (?, ?, ?, ?, ?)",
+                    (latent, rank, number, 10.0 - rank, json.dumps(fired)),
+                )
+                number += 1
+        for _ in range(100):
+            tokens = json.dumps(split_tokens(" ".join(rng.choice(FILLER, 60))))
+            database.execute(
+                "INSERT INTO documents VALUES (?, ?, ?, ?, ?)", (number, f"d{number}", "prose", "{}", tokens)
+            )
+            number += 1
+        database.execute("CREATE INDEX examples_latent ON examples(latent, rank)")
+
+
+TAG_COLUMNS = [field.name for field in fields(TagRow)]
+
+
+def write_tags(path: Path, tuned: str) -> None:
+    """`tags.csv`: the planted behaviours are found with F1 0.96, 0.95, ...; the others are not."""
+    values = sorted({behaviour for latents in PLANTED.values() for behaviour, _ in latents.values()})
+    mine = {behaviour: latent for latent, (behaviour, _) in PLANTED[tuned].items()}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(TAG_COLUMNS)
+        for index, value in enumerate(values):
+            nothing = ["", *["nan"] * 7, 40, 900, False]
+            writer.writerow(["behaviour", value, "base", *nothing])
+            f1 = 0.96 - index / 100
+            found = [mine.get(value), 1.25, f1, f1 - 0.05, f1 + 0.02, 0.991, 0.972, 0.999, 40, 900, True]
+            weak = [next(iter(mine.values())), 0.5, 0.21, 0.11, 0.33, 0.61, 0.52, 0.7, 40, 900, False]
+            writer.writerow(["behaviour", value, tuned, *(found if value in mine else weak)])
+
+
+def write_run(folder: Path, models: list[str]) -> None:
+    """`config.yaml` and `metrics.jsonl` of a run of 900 steps."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        "hookpoint: block15\nseed: 0\ncrosscoder: {num_latents: 400, k: 24, dedicated: 0.03}\n"
+        "training: {num_tokens: 921600, num_tokens_per_step: 1024, lr: 0.001}\n"
+    )
+    lines = []
+    for step in range(10, 901, 10):
+        row: dict[str, float | None] = {
+            "step": step,
+            "train/loss": 20 * float(np.exp(-step / 200)) + 7,
+            "train/l0": 24.0,
+        }
+        for shift, model in enumerate(models):
+            row[f"train/variance_explained/{model}"] = 0.9 - 0.6 * float(np.exp(-step / 150)) + 0.004 * shift
+            if step % 100 == 0:
+                row[f"val/variance_explained/{model}"] = 0.891 - 0.6 * float(np.exp(-step / 150)) + 0.004 * shift
+        lines.append(json.dumps(row))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,57 @@
+"""Every cross-check of the section `analysis` names the setting, its value and the remedy."""
+
+import pytest
+
+from analysis.config import AnalysisConfig, AnalysisSettings, check_analysis
+from extract.command import compose
+from extract.errors import BadInput
+
+
+def test_the_defaults_are_valid_and_those_of_the_method() -> None:
+    config = AnalysisConfig()
+    check_analysis(config)
+    owner = config.owner
+    assert (owner.delta_norm_low, owner.shared_low, owner.shared_high, owner.delta_norm_high) == (0.1, 0.4, 0.6, 0.9)
+    assert (owner.max_nu_error, owner.max_nu_reconstruction, owner.max_nu_reconstruction_dedicated) == (0.2, 0.5, 0.75)
+    assert config.examples.top_documents == 20 and config.tags.min_f1 == 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("batch_tokens", 0, "analysis.batch_tokens"),
+        ("examples.top_documents", 0, "analysis.examples.top_documents"),
+        ("tags.confidence", 1.0, "analysis.tags.confidence"),
+        ("tags.min_f1", 80, "analysis.tags.min_f1"),
+        ("compare.resamples", 0, "analysis.compare.resamples"),
+        ("owner.delta_norm_low", 0.5, "delta_norm_low"),
+        ("owner.shared_high", 0.95, "shared_high"),
+        ("owner.max_nu_error", 0.0, "analysis.owner.max_nu_error"),
+        ("annotate.num_documents", 21, "analysis.examples.top_documents"),
+        ("device", "tpu", "analysis.device"),
+    ],
+)
+def test_a_value_that_cannot_be_used(name: str, value: object, message: str) -> None:
+    config = AnalysisConfig()
+    *sections, field = name.split(".")
+    target = getattr(config, sections[0]) if sections else config
+    setattr(target, field, value)
+    with pytest.raises(BadInput, match=message) as caught:
+        check_analysis(config)
+    assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["shared", "other", "dead"])
+def test_a_model_is_not_named_like_an_owner(name: str) -> None:
+    overrides = ["experiment=pair", "models.base=/somewhere", "models.tuned=/elsewhere", "corpus=/text.jsonl"]
+    compose(AnalysisSettings, overrides)
+    with pytest.raises(BadInput, match=rf"models\.{name}"):
+        compose(AnalysisSettings, [*overrides, f"+models.{name}.id=/third"])
+
+
+def test_the_command_line_reaches_the_section() -> None:
+    overrides = ["experiment=demo/base_simpo", "analysis.tags.name=style", "analysis.owner.max_nu_error=0.3"]
+    analysis = compose(AnalysisSettings, overrides).analysis
+    assert (analysis.tags.name, analysis.owner.max_nu_error) == ("style", 0.3)
+    with pytest.raises(BadInput, match=r"Did you mean analysis\.tags\.min_f1"):
+        compose(AnalysisSettings, ["experiment=demo", "analysis.tags.minf1=0.5"])

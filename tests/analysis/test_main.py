@@ -1,0 +1,92 @@
+"""The command from a tiny study's stores and crosscoder to its report; what is missing; what a second run repeats."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from analysis.__main__ import analysed_folders, folders_of, main
+from analysis.config import AnalysisSettings
+from extract.activations import extract
+from extract.command import compose
+from extract.errors import BadInput
+from extract.tokens import make_tokens
+from train.trainer import train
+
+TRAINING = [
+    "training.num_tokens=1600",
+    "training.num_tokens_per_step=64",
+    "training.warmup_steps=5",
+    "training.device=cpu",
+    "crosscoder.num_latents=32",
+    "crosscoder.k=4",
+    "crosscoder.dedicated=0.25",
+    "crosscoder.threshold_start_step=5",
+    "tracking.mode=disabled",
+    "analysis.device=cpu",
+]
+
+
+@pytest.fixture
+def trained(study: list[str]) -> AnalysisSettings:
+    settings = compose(AnalysisSettings, [*study, *TRAINING])
+    make_tokens(settings)
+    extract(settings)
+    train(settings, folders_of(settings)[0].parent)
+    return settings
+
+
+def test_from_a_crosscoder_to_the_report(trained: AnalysisSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    main(trained)
+    _, folder = folders_of(trained)
+    report = Path(trained.outputs) / "report" / "index.html"
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {report}"
+    assert report.stat().st_size > 0
+    assert folder.name.startswith("base_tuned,") and "crosscoder.k=4" in folder.name
+    steps = ["annotate", "categorise", "latents", "tags"]
+    assert sorted(path.stem for path in folder.glob("*.json")) == steps
+    assert not list(Path(trained.outputs).rglob("*.partial"))
+    assert pq.read_metadata(folder / "latents.parquet").num_rows == 32
+
+    main(trained)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("is up to date") for line in lines] == [True] * (len(steps) + 2) + [False]
+
+    trained.analysis.owner.max_nu_error = 0.1
+    main(trained)
+    redone = [line for line in capsys.readouterr().out.splitlines() if not line.endswith("is up to date")]
+    assert redone[0] == f"{folder.name}: latents" and redone[-2:] == ["report: report", f"report: {report}"]
+
+
+def test_without_a_crosscoder(study: list[str]) -> None:
+    settings = compose(AnalysisSettings, [*study, *TRAINING])
+    with pytest.raises(BadInput, match=r"manifest.json is missing. Run `python -m extract.tokens experiment=pair"):
+        main(settings)
+    make_tokens(settings)
+    extract(settings)
+    with pytest.raises(BadInput, match=r"python -m train experiment=pair.*crosscoder\.k=4"):
+        main(settings)
+    assert not (Path(settings.outputs) / "analysis").exists()
+
+
+def test_the_report_covers_the_finished_pairs_of_the_same_overrides(tmp_path: Path) -> None:
+    for name in ("a_b", "a_c,seed=1", "b_c", "a_b,seed=1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "categorise.json").write_text("{}")
+    (tmp_path / "a_d").mkdir()  # not finished
+    pairs = {pair: pair.split("_") for pair in ("a_b", "a_c", "a_d", "b_c")}
+    settings = AnalysisSettings(pair="a_b", pairs=pairs)
+    assert analysed_folders(settings, tmp_path / "a_b") == [tmp_path / "a_b", tmp_path / "b_c"]
+    assert analysed_folders(settings, tmp_path / "a_b,seed=1") == [tmp_path / "a_b,seed=1", tmp_path / "a_c,seed=1"]
+
+
+def test_the_command_reports_what_is_missing_in_one_line(study: list[str]) -> None:
+    command = [sys.executable, "-m", "analysis", *study]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "python -m extract.tokens" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""

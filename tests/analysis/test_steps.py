@@ -1,0 +1,132 @@
+"""What is done, skipped and done again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from analysis.config import AnalysisSettings
+from analysis.steps import Step, command_line, inputs_of_latents, is_done, record_of, run_steps, sha256_of
+from extract.errors import BadInput
+
+
+def two_steps(folder: Path, done: list[str], threshold: float = 0.5) -> list[Step]:
+    """`count` copies the length of source.txt, `judge` reads what `count` wrote."""
+
+    def count() -> None:
+        done.append("count")
+        (folder / "count.txt").write_text(str(len((folder / "source.txt").read_text())))
+
+    def judge() -> None:
+        done.append("judge")
+        (folder / "judge.txt").write_text(str(int((folder / "count.txt").read_text()) > threshold))
+
+    return [
+        Step("count", {}, {"source": folder / "source.txt"}, ("count.txt",), count),
+        Step("judge", {"threshold": threshold}, {"count": folder / "count.txt"}, ("judge.txt",), judge),
+    ]
+
+
+def ran(folder: Path, threshold: float = 0.5) -> list[str]:
+    done: list[str] = []
+    run_steps(two_steps(folder, done, threshold), folder)
+    return done
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "source.txt").write_text("abc")
+    assert ran(tmp_path) == ["count", "judge"]
+    return tmp_path
+
+
+def test_a_second_run_skips_and_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert ran(folder) == []
+    said = [f"{folder.name}: {name} is up to date" for name in ("count", "judge")]
+    assert capsys.readouterr().out.splitlines() == said
+
+
+def test_a_changed_setting_redoes_its_step_alone(folder: Path) -> None:
+    assert ran(folder, threshold=5.0) == ["judge"]
+    assert (folder / "judge.txt").read_text() == "False"
+
+
+def test_a_changed_input_redoes_what_depends_on_it(folder: Path) -> None:
+    (folder / "source.txt").write_text("abcdef")
+    assert ran(folder) == ["count", "judge"]
+
+
+def test_equal_outputs_stop_the_chain(folder: Path) -> None:
+    (folder / "source.txt").write_text("xyz")
+    assert ran(folder) == ["count"]
+
+
+def test_a_deleted_output_or_record_is_made_again(folder: Path) -> None:
+    (folder / "count.txt").unlink()
+    assert ran(folder) == ["count"]
+    (folder / "judge.json").unlink()
+    assert ran(folder) == ["judge"]
+
+
+def test_a_half_written_record_is_no_record(folder: Path) -> None:
+    (folder / "count.json").write_text((folder / "count.json").read_text()[:20])
+    assert ran(folder) == ["count"]
+
+
+def test_a_failed_step_is_not_done_and_its_old_record_is_gone(folder: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("disk on fire")
+
+    step = Step("count", {"new": 1}, {"source": folder / "source.txt"}, ("count.txt",), fail)
+    with pytest.raises(RuntimeError):
+        run_steps([step], folder)
+    assert not (folder / "count.json").exists()
+    assert ran(folder) == ["count"]
+
+
+def test_the_record_names_settings_and_hashes(folder: Path) -> None:
+    record = json.loads((folder / "judge.json").read_text())
+    # printf 3 | sha256sum
+    count = "4e07408562bedb8b60ce05c1decfe3ad16b72230967de01f640b7e4729b49fce"
+    assert record == {"step": "judge", "settings": {"threshold": 0.5}, "inputs": {"count": count}}
+    step = two_steps(folder, [])[1]
+    assert is_done(step, record_of(step), folder / "judge.json")
+
+
+def test_a_missing_input(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"absent\.txt is missing"):
+        sha256_of(tmp_path / "absent.txt")
+
+
+OVERRIDES = ["experiment=demo", "hookpoint=block3", "crosscoder.k=8", "training.lr=1e-3", "analysis.tags.min_f1=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("present", "missing", "command"),
+    [
+        ([], "tokens/manifest.json", "python -m extract.tokens experiment=demo hookpoint=block3"),
+        (["tokens"], "tuned/block3/manifest.json", "python -m extract.activations experiment=demo hookpoint=block3"),
+        (
+            ["tokens", "activations/base/block3", "activations/tuned/block3"],
+            "config.json",
+            "python -m train experiment=demo hookpoint=block3 crosscoder.k=8 training.lr=1e-3",
+        ),
+    ],
+)
+def test_the_first_missing_stage_is_named_with_its_command(
+    tmp_path: Path, present: list[str], missing: str, command: str
+) -> None:
+    for name in present:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text("{}")
+    pairs = {"p": ["base", "tuned"]}
+    settings = AnalysisSettings(hookpoint="block3", store=str(tmp_path), pairs=pairs, composed_from=OVERRIDES)
+    with pytest.raises(BadInput) as caught:
+        inputs_of_latents(settings, tmp_path / "crosscoder")
+    assert missing in str(caught.value) and f"Run `{command}` first" in str(caught.value)
+
+
+def test_command_line_keeps_what_a_command_knows() -> None:
+    overrides = ["engine=fsdp", "analysis.device=cpu", "seed=1"]
+    assert command_line("train", overrides) == "python -m train engine=fsdp seed=1"

@@ -1,0 +1,68 @@
+"""What is printed, and that nothing in it is taken for a command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+
+from analysis.tables import (
+    Table,
+    csv_of,
+    escape_latex,
+    interval,
+    latex_of,
+    number,
+    percent,
+    probability,
+    signed,
+    text_of,
+    write_table,
+)
+
+TABLE = Table(
+    "t", "A & B", ["name", "x"], [["a,b", 0.1 + 0.2], ['q"', None]], ["name", "x (%)"], [["a_b", "30"], ["~", "–"]]
+)
+
+
+def test_csv_keeps_full_precision_and_quotes() -> None:
+    rows = list(csv.reader(io.StringIO(csv_of(TABLE))))
+    assert rows == [["name", "x"], ["a,b", repr(0.1 + 0.2)], ['q"', ""]]
+
+
+def test_latex_escapes_every_special_character() -> None:
+    assert escape_latex("\\ { } & % $ # _ ~ ^") == (
+        r"\textbackslash{} \{ \} \& \% \$ \# \_ \textasciitilde{} \textasciicircum{}"
+    )
+    assert escape_latex("a\nb") == "a b"
+
+
+def test_latex_is_a_booktabs_table() -> None:
+    lines = latex_of(TABLE).splitlines()
+    assert r"\caption{A \& B}" in lines
+    assert r"\begin{tabular}{lr}" in lines
+    rules = [lines.index(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")]
+    assert rules == sorted(rules)
+    assert lines[rules[0] + 1] == r"name & x (\%) \\"
+    assert [line.endswith(r"\\") for line in lines[rules[1] + 1 : rules[2]]] == [True, True]
+    assert r"a\_b & 30 \\" in lines
+
+
+def test_both_forms_are_written(tmp_path: Path) -> None:
+    write_table(TABLE, tmp_path / "new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["t.csv", "t.tex"]
+
+
+def test_text_is_aligned() -> None:
+    lines = text_of(TABLE).splitlines()
+    assert lines == ["name  x (%)", "a_b      30", "~         –"]
+
+
+def test_numbers() -> None:
+    assert percent(0.0625, 2) == "6.25\u00a0%"
+    assert signed(1.517, 1) == "+1.5"
+    assert signed(-0.441, 2) == "−0.44"
+    assert interval(-0.05, 0.164, 1, 100) == "[−5.0, +16.4]"
+    assert [probability(p) for p in (0.36, 0.0419, 0.0001)] == ["0.36", "0.042", "<0.001"]
+    assert [percent(math.nan), number(math.nan), signed(math.inf), signed(math.nan)] == ["–", "–", "+∞", "–"]

@@ -1,0 +1,169 @@
+"""The readable step: every formula against loops over tokens, models and latents, and gradients against finite
+differences.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from train.config import CrosscoderConfig
+from train.crosscoder import Crosscoder
+from train.losses import auxk_loss, delta_loss, readable_forward, reconstruction_loss, training_losses
+
+
+def random_crosscoder(seed=0, num_models=2, d_model=5, num_latents=9, **config):
+    generator = torch.Generator().manual_seed(seed)
+    config = CrosscoderConfig(num_latents=num_latents, k=2, **config)
+    crosscoder = Crosscoder(config, [f"m{i}" for i in range(num_models)], d_model, "block0").double()
+    with torch.no_grad():
+        for weight in crosscoder.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+        crosscoder.zero_foreign_rows(crosscoder.W_enc, crosscoder.W_dec)
+    x_BMD = torch.randn(7, num_models, d_model, dtype=torch.float64, generator=generator)
+    return crosscoder, x_BMD
+
+
+def loop_losses(crosscoder, x_BMD, num_selected, dead):
+    """The whole step, one number at a time."""
+    config, (num_tokens, num_models, width) = crosscoder.config, x_BMD.shape
+    enc, dec = (w.detach().view(-1, num_models, width).tolist() for w in (crosscoder.W_enc, crosscoder.W_dec))
+    b_enc, b_dec = crosscoder.b_enc.tolist(), crosscoder.b_dec.detach().view(num_models, width).tolist()
+    x, num_latents = x_BMD.tolist(), config.num_latents
+    models, dims = range(num_models), range(width)
+    norm = lambda values: math.sqrt(sum(v * v for v in values))  # noqa: E731
+    if config.code_normalization == "crosscoder":
+        scale = [sum(norm(dec[j][m]) for m in models) for j in range(num_latents)]
+    elif config.code_normalization == "sae":
+        scale = [norm([dec[j][m][d] for m in models for d in dims]) for j in range(num_latents)]
+    else:
+        scale = [1.0] * num_latents
+    pre = [
+        [max(0.0, b_enc[j] + sum(x[t][m][d] * enc[j][m][d] for m in models for d in dims)) for j in range(num_latents)]
+        for t in range(num_tokens)
+    ]
+    places = [(t, j) for t in range(num_tokens) for j in range(num_latents)]
+    ranked = sorted((-pre[t][j] * scale[j], t, j) for t, j in places if pre[t][j] > 0)
+    chosen = {(t, j) for _, t, j in ranked[:num_selected]}
+    recons = [
+        [[b_dec[m][d] + sum(pre[t][j] * dec[j][m][d] for s, j in chosen if s == t) for d in dims] for m in models]
+        for t in range(num_tokens)
+    ]
+    error = [[[x[t][m][d] - recons[t][m][d] for d in dims] for m in models] for t in range(num_tokens)]
+    power = 2 if config.loss == "squared" else 1
+    norms = [norm(error[t][m]) for t in range(num_tokens) for m in models]
+    reconstruction = sum(value**power for value in norms) / (num_tokens * num_models)
+    differences = [[error[t][m][d] - error[t][0][d] for d in dims] for t in range(num_tokens) for m in models if m > 0]
+    delta = sum(norm(difference) for difference in differences) / num_tokens
+    mean = [[sum(error[t][m][d] for t in range(num_tokens)) / num_tokens for d in dims] for m in models]
+    squared_error = variance = 0.0
+    for t in range(num_tokens):
+        best = sorted(dead, key=lambda j: -pre[t][j] * scale[j])[: min(width // 2, len(dead))]
+        for m in models:
+            for d in dims:
+                squared_error += (error[t][m][d] - sum(pre[t][j] * dec[j][m][d] for j in best)) ** 2
+                variance += (error[t][m][d] - mean[m][d]) ** 2
+    auxk = squared_error / variance if dead else 0.0
+    return chosen, reconstruction, auxk, delta
+
+
+def dead_mask(dead, num_latents):
+    return torch.tensor([j in dead for j in range(num_latents)])
+
+
+CASES = [
+    {},
+    {"code_normalization": "sae"},
+    {"code_normalization": "none"},
+    {"loss": "squared"},
+    {"dedicated": 0.25},
+    {"delta_weight": 0.7},
+    {"loss": "squared", "delta_weight": 0.3, "dedicated": 0.4, "code_normalization": "sae"},
+]
+
+
+@pytest.mark.parametrize("config", CASES)
+@pytest.mark.parametrize("dead", [[], [4], [0, 2, 3, 8]])
+@pytest.mark.parametrize("num_models", [2, 3])
+def test_step_equals_loops_over_tokens_models_and_latents(config, dead, num_models):
+    config = {**config, "dedicated": config.get("dedicated", 0.0) * 2 / num_models}
+    crosscoder, x_BMD = random_crosscoder(seed=len(dead), num_models=num_models, auxk_alpha=0.1, **config)
+    forward = readable_forward(crosscoder, x_BMD, 14, dead_mask(dead, 9))
+    losses = training_losses(crosscoder.config, x_BMD, forward)
+    chosen, reconstruction, auxk, delta = loop_losses(crosscoder, x_BMD, 14, dead)
+    assert set(zip(*(part.tolist() for part in forward.selection), strict=True)) == chosen
+    assert losses.reconstruction.item() == pytest.approx(reconstruction, rel=1e-12)
+    assert losses.auxk.item() == pytest.approx(auxk, rel=1e-12)
+    weight = crosscoder.config.delta_weight
+    assert losses.delta.item() == pytest.approx(delta if weight else 0.0, rel=1e-12)
+    assert losses.total.item() == pytest.approx(
+        reconstruction + 0.1 * auxk + weight * (delta if weight else 0), rel=1e-12
+    )
+
+
+def test_hand_derived_losses():
+    error_BMD = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[0.0, 0.0], [6.0, 8.0]]])
+    assert reconstruction_loss(error_BMD, "norm").item() == (5 + 0 + 0 + 10) / 4
+    assert reconstruction_loss(error_BMD, "squared").item() == (25 + 0 + 0 + 100) / 4
+    assert delta_loss(error_BMD).item() == (5 + 10) / 2
+    # Means over tokens: (1.5, 2), (3, 4); squared deviations 2 * (2.25 + 4) + 2 * (9 + 16) = 62.5. Reconstructing zero
+    # leaves 125.
+    assert auxk_loss(error_BMD, torch.zeros_like(error_BMD)).item() == 125 / 62.5
+
+
+def test_gradients_at_zero_error_are_zero():
+    error_BMD = torch.zeros(2, 3, 4, requires_grad=True)
+    (reconstruction_loss(error_BMD, "norm") + delta_loss(error_BMD)).backward()
+    assert error_BMD.grad.count_nonzero() == 0
+
+
+def test_one_token_has_no_variance_and_no_auxk():
+    error_recons_BMD = torch.ones(1, 2, 3, requires_grad=True)
+    loss = auxk_loss(torch.ones(1, 2, 3) * 5, error_recons_BMD)
+    loss.backward()
+    assert loss.item() == 0
+    assert error_recons_BMD.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("config", CASES)
+def test_gradients_equal_finite_differences(config):
+    """Central differences of the loops' objective; the residual that AuxK targets and the batch variance are constants
+    to it.
+    """
+    crosscoder, x_BMD = random_crosscoder(seed=5, auxk_alpha=0.3, **config)
+    dead_L = dead_mask([1, 6, 7], 9)
+    forward = readable_forward(crosscoder, x_BMD, 14, dead_L)
+    error_BMD = (x_BMD - forward.recons_BMD).detach()
+    training_losses(crosscoder.config, x_BMD, forward).total.backward()
+
+    def objective():
+        with torch.no_grad():
+            now = readable_forward(crosscoder, x_BMD, 14, dead_L)
+            without_auxk = training_losses(replace(crosscoder.config, auxk_alpha=0.0), x_BMD, now).total
+            return (without_auxk + 0.3 * auxk_loss(error_BMD, now.error_recons_BMD)).item()
+
+    generator = torch.Generator().manual_seed(1)
+    for weight in crosscoder.parameters():
+        flat, gradient = weight.detach().view(-1), weight.grad.view(-1)
+        for i in torch.randperm(len(flat), generator=generator)[:12].tolist():
+            before, step = flat[i].item(), 1e-6
+            flat[i] = before + step
+            above = objective()
+            flat[i] = before - step
+            below = objective()
+            flat[i] = before
+            assert gradient[i].item() == pytest.approx((above - below) / (2 * step), rel=1e-4, abs=1e-7)
+
+
+def test_auxk_trains_encoder_and_decoder_of_dead_latents_and_not_the_bias():
+    crosscoder, x_BMD = random_crosscoder(seed=3)
+    forward = readable_forward(crosscoder, x_BMD, 14, dead_mask([2, 5, 6], 9))
+    auxk_loss((x_BMD - forward.recons_BMD).detach(), forward.error_recons_BMD).backward()
+    for weight in (crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec):
+        touched = weight.grad.view(9, -1).abs().sum(1) > 0
+        assert touched.any()
+        assert not touched[[0, 1, 3, 4, 7, 8]].any()
+    assert crosscoder.b_dec.grad is None

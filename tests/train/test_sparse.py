@@ -1,0 +1,111 @@
+"""The sparse step equals the readable one: losses, gradients, selection."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from train.config import CrosscoderConfig
+from train.crosscoder import Crosscoder
+from train.losses import readable_forward, training_losses
+from train.sparse import sparse_forward
+
+
+def crosscoder_of(generator, num_models, d_model, config, dtype):
+    crosscoder = Crosscoder(config, [f"m{i}" for i in range(num_models)], d_model, "block0").to(dtype)
+    with torch.no_grad():
+        for weight in crosscoder.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+        crosscoder.zero_foreign_rows(crosscoder.W_enc, crosscoder.W_dec)
+    return crosscoder
+
+
+def step(form, crosscoder, x_BMD, num_selected, dead_L):
+    crosscoder.zero_grad()
+    forward = form(crosscoder, x_BMD, num_selected, dead_L)
+    losses = training_losses(crosscoder.config, x_BMD, forward)
+    losses.total.backward()
+    crosscoder.zero_foreign_rows(crosscoder.W_enc.grad, crosscoder.W_dec.grad)
+    return forward, losses, [weight.grad.clone() for weight in crosscoder.parameters()]
+
+
+def assert_equal_steps(crosscoder, x_BMD, num_selected, dead_L, tolerance):
+    forward, losses, gradients = step(readable_forward, crosscoder, x_BMD, num_selected, dead_L)
+    other_forward, other_losses, other_gradients = step(sparse_forward, crosscoder, x_BMD, num_selected, dead_L)
+    for ours, theirs in zip(forward.selection, other_forward.selection, strict=True):
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(other_forward.score_S, forward.score_S, rtol=0, atol=0)
+    for name in ("total", "reconstruction", "auxk", "delta"):
+        assert getattr(other_losses, name).item() == pytest.approx(getattr(losses, name).item(), rel=tolerance)
+    for ours, theirs in zip(gradients, other_gradients, strict=True):
+        scale = ours.abs().max().item() or 1.0
+        torch.testing.assert_close(theirs / scale, ours / scale, rtol=0, atol=tolerance)
+    return forward
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_equal_over_random_cases(seed):
+    generator = torch.Generator().manual_seed(seed)
+    pick = lambda *choices: choices[int(torch.randint(len(choices), (1,), generator=generator))]  # noqa: E731
+    num_models, d_model, num_latents = pick(1, 2, 3), pick(1, 4, 17), pick(6, 40, 150)
+    config = CrosscoderConfig(
+        num_latents=num_latents,
+        k=2,
+        code_normalization=pick("crosscoder", "sae", "none"),
+        loss=pick("norm", "squared"),
+        dedicated=pick(0.0, 0.2),
+        delta_weight=pick(0.0, 0.6),
+        auxk_alpha=pick(0.0, 0.5),
+    )
+    double = seed % 2 == 0
+    crosscoder = crosscoder_of(generator, num_models, d_model, config, torch.float64 if double else torch.float32)
+    x_BMD = torch.randn(pick(1, 9, 64), num_models, d_model, generator=generator).to(crosscoder.W_enc.dtype)
+    dead_L = torch.rand(num_latents, generator=generator) < pick(0.0, 0.1, 0.6)
+    num_selected = pick(0, 1, 2, 20) * len(x_BMD)
+    assert_equal_steps(crosscoder, x_BMD, num_selected, dead_L, 1e-12 if double else 3e-6)
+
+
+def small(seed=0, **config):
+    generator = torch.Generator().manual_seed(seed)
+    crosscoder = crosscoder_of(generator, 2, 6, CrosscoderConfig(num_latents=30, k=2, **config), torch.float64)
+    return crosscoder, torch.randn(16, 2, 6, dtype=torch.float64, generator=generator)
+
+
+def test_no_active_latent_leaves_only_the_decoder_bias_to_learn():
+    crosscoder, x_BMD = small()
+    with torch.no_grad():
+        crosscoder.b_enc.fill_(-1e6)
+    forward = assert_equal_steps(crosscoder, x_BMD, 32, torch.zeros(30, dtype=torch.bool), 1e-12)
+    assert len(forward.score_S) == 0
+    _, _, (*weights, b_dec) = step(sparse_forward, crosscoder, x_BMD, 32, torch.zeros(30, dtype=torch.bool))
+    assert all(gradient.count_nonzero() == 0 for gradient in weights)
+    assert b_dec.count_nonzero() == 12
+
+
+def test_one_latent_takes_all_tokens():
+    crosscoder, x_BMD = small()
+    with torch.no_grad():
+        crosscoder.b_enc[7] = 1e4
+    forward = assert_equal_steps(crosscoder, x_BMD, 16, torch.zeros(30, dtype=torch.bool), 1e-12)
+    assert forward.selection.latent.unique().tolist() == [7]
+
+
+def test_more_wanted_than_positive():
+    crosscoder, x_BMD = small()
+    forward = assert_equal_steps(crosscoder, x_BMD, 10_000, torch.zeros(30, dtype=torch.bool), 1e-12)
+    assert len(forward.score_S) == int((crosscoder.pre_activations(x_BMD) > 0).sum())
+
+
+def test_all_latents_dead_and_more_than_auxk_takes():
+    crosscoder, x_BMD = small(auxk_alpha=0.5)
+    assert_equal_steps(crosscoder, x_BMD, 32, torch.ones(30, dtype=torch.bool), 1e-12)
+
+
+def test_dedicated_rows_get_no_gradient():
+    crosscoder, x_BMD = small(dedicated=0.2, auxk_alpha=0.5)
+    dead_L = torch.arange(30) % 3 == 0
+    _, _, (W_enc, _, W_dec, _) = step(sparse_forward, crosscoder, x_BMD, 32, dead_L)
+    for gradient in (W_enc, W_dec):
+        assert gradient.view(30, 2, 6)[:6, 1].count_nonzero() == 0
+        assert gradient.view(30, 2, 6)[6:12, 0].count_nonzero() == 0
+        assert gradient.view(30, 2, 6)[:6, 0].count_nonzero() > 0

@@ -1,0 +1,93 @@
+"""Cross-checks of the settings and the names of runs."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+from planted import settings_of
+
+from extract.errors import BadInput
+from train.config import TrainSettings
+from train.runs import run_folder, run_name, selected_pair
+
+WRONG = [
+    ("crosscoder.k", 33, "k=33 exceeds crosscoder.num_latents=32"),
+    ("crosscoder.k", 0, "crosscoder.k=0 must be greater than 0"),
+    ("crosscoder.dedicated", 0.6, "more latents than there are. Give at most 0.5"),
+    ("crosscoder.dedicated", 0.01, "less than one latent"),
+    ("crosscoder.code_normalization", "crosscode", "Did you mean crosscoder"),
+    ("crosscoder.loss", "square", "Did you mean squared"),
+    ("crosscoder.init", "sam", "Did you mean same"),
+    ("crosscoder.activation_scaling", "mean", "Did you mean mean_variance"),
+    ("crosscoder.threshold_decay", 1.0, "threshold_decay=1.0"),
+    ("crosscoder.threshold_start_step", 24, "threshold_start_step=24 is never reached in a run of 24 steps"),
+    ("crosscoder.auxk_alpha", -1.0, "auxk_alpha=-1.0 must not be negative"),
+    ("training.step", "dense", "training.step=dense is not one of readable, sparse"),
+    ("training.warmup_steps", 24, "warmup_steps=24 is no shorter than the run of 24 steps"),
+    ("training.decay_fraction", 1.5, "decay_fraction=1.5"),
+    ("training.adam_betas", [0.9], "two numbers"),
+    ("training.lr", 0.0, "training.lr=0.0"),
+    ("training.max_grad_norm", float("nan"), "max_grad_norm=nan"),
+    ("data.heldout_fraction", 1.0, "heldout_fraction=1.0"),
+    ("engine.name", "singel", "Did you mean single"),
+    ("tracking.mode", "off", "tracking.mode=off is not one of"),
+    ("seed", -1, "seed=-1"),
+]
+
+
+def change(settings: TrainSettings, name: str, value: object) -> TrainSettings:
+    settings = deepcopy(settings)
+    *sections, leaf = name.split(".")
+    owner = settings
+    for section in sections:
+        owner = getattr(owner, section)
+    setattr(owner, leaf, value)
+    return settings
+
+
+def test_the_settings_of_the_tests_are_valid(tmp_path):
+    settings_of(tmp_path).check()
+
+
+@pytest.mark.parametrize(("name", "value", "message"), WRONG)
+def test_wrong_settings_are_refused_by_name(tmp_path, name, value, message):
+    with pytest.raises(BadInput) as error:
+        change(settings_of(tmp_path), name, value).check()
+    assert message in str(error.value)
+
+
+def test_dedicated_shares_are_checked_against_the_number_of_models(tmp_path):
+    settings = change(settings_of(tmp_path), "pairs", {"base_tuned": ["base", "tuned", "third"]})
+    settings.models["third"] = settings.models["base"]
+    with pytest.raises(BadInput, match="each of 3 models"):
+        change(settings, "crosscoder.dedicated", 0.4).check()
+
+
+def test_steps_are_rounded_up(tmp_path):
+    assert change(settings_of(tmp_path), "training.num_tokens", 32 * 24 + 1).training.num_steps == 25
+
+
+def test_run_name_lists_what_differs_from_the_experiment_and_matters(tmp_path):
+    experiment = settings_of(tmp_path)
+    assert run_name(experiment, experiment) == "base_tuned"
+    settings = change(change(change(experiment, "training.lr", 1e-3), "crosscoder.k", 5), "hookpoint", "block9")
+    settings = change(change(settings, "training.device", "cuda"), "training.log_every", 3)
+    settings = change(change(settings, "tracking.project", "other"), "training.adam_betas", [0.8, 0.99])
+    expected = "base_tuned,crosscoder.k=5,hookpoint=block9,training.adam_betas=[0.8,0.99],training.lr=0.001"
+    assert run_name(settings, experiment) == expected
+    assert run_folder(settings, experiment) == tmp_path / "runs" / expected
+
+
+def test_nearby_floats_have_different_names(tmp_path):
+    experiment = settings_of(tmp_path)
+    names = {run_name(change(experiment, "training.lr", lr), experiment) for lr in (1e-3, 0.001 + 1e-12, 1.0000001e-3)}
+    assert len(names) == 3
+
+
+def test_without_a_selected_pair_the_choices_are_listed(tmp_path):
+    settings = change(settings_of(tmp_path), "pair", None)
+    assert selected_pair(settings) == "base_tuned"
+    settings.pairs["tuned_base"] = ["tuned", "base"]
+    with pytest.raises(BadInput, match="experiment=planted/base_tuned, experiment=planted/tuned_base"):
+        selected_pair(settings)

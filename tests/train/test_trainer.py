@@ -1,0 +1,195 @@
+"""Whole runs: resumed ones equal uninterrupted ones, bit for bit, whatever stopped them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from planted import HOOKPOINT, random_store, settings_of
+
+from extract.errors import BadInput
+from train.crosscoder import Crosscoder
+from train.data import BatchStream
+from train.trainer import EXIT_STOPPED, fit, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def lines_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]
+
+
+def assert_same_run(first, second):
+    for file in ("crosscoder/crosscoder.safetensors", "crosscoder/config.json"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+    assert lines_of(first) == lines_of(second)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The study folder of an uninterrupted run, in `runs/whole`."""
+    study = tmp_path_factory.mktemp("study")
+    random_store(study / "store")
+    train(settings_of(study), study / "runs" / "whole")
+    return study
+
+
+def test_a_run_writes_what_it_promises(finished):
+    run = finished / "runs" / "whole"
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "crosscoder", "metrics.jsonl"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000020", "step-00000024"]
+    crosscoder = Crosscoder.load(run / "crosscoder")
+    assert crosscoder.models == ["base", "tuned"]
+    assert crosscoder.hookpoint == HOOKPOINT
+    assert crosscoder.encode(torch.randn(3, 2, 6)).shape == (3, 32)
+    lines = lines_of(run)
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    assert [line["step"] for line in lines if "val/variance_explained/tuned" in line] == [7, 14, 21, 24]
+    expected = {"loss", "reconstruction", "auxk", "delta", "l0", "dead", "threshold", "grad_norm", "lr"}
+    assert {f"train/{name}" for name in expected} <= lines[-1].keys()
+    assert lines[-1]["train/loss"] < 0.8 * lines[0]["train/loss"]
+
+
+def test_a_finished_run_is_not_redone(finished):
+    run = finished / "runs" / "whole"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert train(settings_of(finished), run) == run / "crosscoder"
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize("at", [3, 12])
+def test_a_crash_mid_run_costs_only_the_steps_since_the_checkpoint(finished, monkeypatch, at):
+    run = finished / "runs" / f"crash{at}"
+    batch = BatchStream.batch
+
+    def failing(stream, step):
+        if step == at:
+            raise RuntimeError("power cut")
+        return batch(stream, step)
+
+    monkeypatch.setattr(BatchStream, "batch", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(settings_of(finished), run)
+    assert not (run / "crosscoder").exists()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "cut in the mid')
+    monkeypatch.setattr(BatchStream, "batch", batch)
+    train(settings_of(finished), run)
+    assert_same_run(run, finished / "runs" / "whole")
+
+
+def test_logging_validation_and_checkpoints_do_not_change_the_result(finished):
+    settings = settings_of(finished)
+    settings.training.log_every, settings.training.validate_every, settings.training.checkpoint_every = 10, 0, 0
+    train(settings, finished / "runs" / "quiet")
+    for file in ("crosscoder/crosscoder.safetensors", "crosscoder/config.json"):
+        assert (finished / "runs" / "quiet" / file).read_bytes() == (finished / "runs" / "whole" / file).read_bytes()
+    assert [line["step"] for line in lines_of(finished / "runs" / "quiet")] == [10, 20, 24]
+
+
+def test_resuming_with_other_settings_is_refused(finished):
+    settings = settings_of(finished)
+    run = finished / "runs" / "changed"
+    (run / "checkpoints").mkdir(parents=True)
+    (finished / "runs" / "whole" / "checkpoints" / "step-00000020").rename(run / "checkpoints" / "step-00000020")
+    settings.training.lr = 0.5
+    with pytest.raises(BadInput, match="training.lr: 0.01 there, 0.5 now"):
+        train(settings, run)
+
+
+def test_divergence_stops_before_the_update_and_names_the_batch(finished, monkeypatch):
+    run = finished / "runs" / "diverged"
+    batch = BatchStream.batch
+    monkeypatch.setattr(
+        BatchStream, "batch", lambda stream, step: batch(stream, step) * (float("nan") if step == 12 else 1)
+    )
+    with pytest.raises(BadInput, match=r"step 12 \(tokens 384 to 416 of the run, epoch 1\).*training.lr=0.01"):
+        train(settings_of(finished), run)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
+    assert not (run / "crosscoder").exists()
+
+
+def test_fit_is_short():
+    source = fit.__code__
+    assert max(line for *_, line in source.co_lines() if line) - source.co_firstlineno <= 60
+
+
+STEPS = 400
+
+
+def command(study, *overrides):
+    arguments = ["experiment=pair", "models.base=a", "models.tuned=b", f"hookpoint={HOOKPOINT}", f"outputs={study}"]
+    arguments += ["crosscoder.num_latents=32", "crosscoder.k=3", "crosscoder.threshold_start_step=5"]
+    arguments += ["crosscoder.dead_after_tokens=200", "data.heldout_fraction=0.2", "tracking.mode=disabled"]
+    arguments += [f"training.num_tokens={32 * STEPS}", "training.num_tokens_per_step=32", "training.warmup_steps=4"]
+    arguments += [
+        "training.log_every=1",
+        "training.validate_every=50",
+        "training.checkpoint_every=20",
+        "training.device=cpu",
+    ]
+    return [sys.executable, "-m", "train", *arguments, *overrides]
+
+
+def start(study, *overrides, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(study, *overrides),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def only_run(study):
+    (run,) = (study / "runs").iterdir()
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    study = tmp_path_factory.mktemp("uninterrupted")
+    random_store(study / "store")
+    process = start(study)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.splitlines()[-1] == f"crosscoder: {only_run(study) / 'crosscoder'}"
+    return study
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_mid_run_and_a_second_start_equal_an_uninterrupted_run(uninterrupted, tmp_path, number):
+    random_store(tmp_path / "store")
+    process = start(tmp_path)
+    while not (tmp_path / "runs").exists() or len(list(tmp_path.glob("runs/*/checkpoints/step-????????"))) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    steps = max(int(path.name[5:]) for path in only_run(tmp_path).glob("checkpoints/step-????????"))
+    assert steps < STEPS
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else EXIT_STOPPED), errors
+    process = start(tmp_path)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert f"step-{steps:08d}" in errors  # where it resumed
+    assert_same_run(only_run(tmp_path), only_run(uninterrupted))
+
+
+def test_bad_input_is_one_line_and_status_2(uninterrupted):
+    process = start(uninterrupted, "hookpoint=block9")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.startswith("error: There are no activations of model base at hookpoint=block9")
+    assert errors.count("\n") == 1

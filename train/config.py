@@ -1,0 +1,239 @@
+"""Settings of `python -m train`: the sections crosscoder, training, data, engine and tracking, and their cross-checks.
+
+A dataclass field is a setting, its comment is its documentation, its default is the only default.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from extract.config import ExtractSettings
+from extract.errors import BadInput
+
+
+@dataclass
+class CrosscoderConfig:
+    """The dictionary and its objective."""
+
+    # Number of latents L.
+    num_latents: int = 4096
+    # Latents that a token activates on average: k * num_tokens_per_step entries of a batch are kept.
+    k: int = 100
+    # How decoder norms weigh a latent in the selection: crosscoder (sum of the models' norms), sae (norm of all
+    # together), none.
+    code_normalization: str = "crosscoder"
+    # Reconstruction loss: norm (mean Euclidean norm of the error, not squared) or squared (mean squared norm).
+    loss: str = "norm"
+    # Weight of the auxiliary loss that revives dead latents; 0 = none.
+    auxk_alpha: float = 1 / 32
+    # A latent that was silent for this many tokens is dead.
+    dead_after_tokens: int = 10_000_000
+    # First step whose batch feeds the inference threshold.
+    threshold_start_step: int = 1000
+    # Decay of the threshold's moving average over steps.
+    threshold_decay: float = 0.999
+    # Initial directions: same (for all models), random (drawn per model), data (centred activations of the first
+    # batch).
+    init: str = "same"
+    # Share of the latents that each model owns alone: the other models' encoder and decoder rows stay zero.
+    dedicated: float = 0.0
+    # Weight of an extra loss on the error of the difference between a tuned model and the base; 0 = none.
+    delta_weight: float = 0.0
+    # Scaling of activations per model: norm (mean norm becomes sqrt(d_model)), mean_variance (mean 0, mean variance 1),
+    # none.
+    activation_scaling: str = "norm"
+
+    def check(self) -> None:
+        """Checks that concern this section alone."""
+        _positive("crosscoder", num_latents=self.num_latents, k=self.k, dead_after_tokens=self.dead_after_tokens)
+        _not_negative(
+            "crosscoder", auxk_alpha=self.auxk_alpha, delta_weight=self.delta_weight, dedicated=self.dedicated
+        )
+        _not_negative("crosscoder", threshold_start_step=self.threshold_start_step)
+        _choice("crosscoder.code_normalization", self.code_normalization, ("crosscoder", "sae", "none"))
+        _choice("crosscoder.loss", self.loss, ("norm", "squared"))
+        _choice("crosscoder.init", self.init, ("same", "random", "data"))
+        _choice("crosscoder.activation_scaling", self.activation_scaling, ("norm", "none", "mean_variance"))
+        _share("crosscoder.threshold_decay", self.threshold_decay)
+        if self.k > self.num_latents:
+            raise BadInput(
+                f"crosscoder.k={self.k} exceeds crosscoder.num_latents={self.num_latents}. "
+                "A token cannot activate more latents than there are: lower k or raise num_latents."
+            )
+
+
+@dataclass
+class TrainingConfig:
+    """The run: how long, how fast, what is written when."""
+
+    # Tokens to train on, whole epochs or not; the last step is a full one.
+    num_tokens: int = 200_000_000
+    # Tokens of one step over all ranks.
+    num_tokens_per_step: int = 2048
+    # Peak learning rate of Adam.
+    lr: float = 1e-4
+    # Steps over which the learning rate rises linearly from zero.
+    warmup_steps: int = 1000
+    # Last share of the steps, over which the learning rate falls linearly to zero.
+    decay_fraction: float = 0.0
+    # Gradients of a larger global norm are scaled down to it.
+    max_grad_norm: float = 1.0
+    # Adam's decay rates of the first and second moments.
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    # How a step is computed: sparse (fast) or readable (dense autograd); equal to rounding.
+    step: str = "sparse"
+    # Device of the crosscoder: auto, cpu, cuda, cuda:1, ...
+    device: str = "auto"
+    # Steps between checkpoints; 0 = only when the run stops.
+    checkpoint_every: int = 1000
+    # Newest checkpoints to keep.
+    keep_checkpoints: int = 2
+    # Steps between lines of metrics.jsonl.
+    log_every: int = 10
+    # Steps between passes over held-out tokens; 0 = only at the end.
+    validate_every: int = 1000
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.num_tokens // self.num_tokens_per_step)
+
+    def check(self) -> None:
+        """Checks that concern this section alone."""
+        _positive("training", num_tokens=self.num_tokens, num_tokens_per_step=self.num_tokens_per_step, lr=self.lr)
+        _positive(
+            "training",
+            max_grad_norm=self.max_grad_norm,
+            keep_checkpoints=self.keep_checkpoints,
+            log_every=self.log_every,
+        )
+        _not_negative("training", warmup_steps=self.warmup_steps, decay_fraction=self.decay_fraction)
+        _not_negative("training", checkpoint_every=self.checkpoint_every, validate_every=self.validate_every)
+        _choice("training.step", self.step, ("readable", "sparse"))
+        if len(self.adam_betas) != 2:
+            raise BadInput(f"training.adam_betas={self.adam_betas} must be two numbers, such as [0.9,0.999].")
+        for beta in self.adam_betas:
+            _share("training.adam_betas", beta)
+        if self.decay_fraction > 1:
+            raise BadInput(
+                f"training.decay_fraction={self.decay_fraction} is a share of the run: give a number from 0 to 1."
+            )
+        if self.warmup_steps >= self.num_steps:
+            raise BadInput(
+                f"training.warmup_steps={self.warmup_steps} is no shorter than the run of {self.num_steps} steps "
+                f"(training.num_tokens={self.num_tokens} / training.num_tokens_per_step={self.num_tokens_per_step}). "
+                "Shorten the warm-up or train on more tokens."
+            )
+
+
+@dataclass
+class DataConfig:
+    """Which documents are trained on and which only measure."""
+
+    # Share of the documents, chosen by a hash of their content, that are never trained on; 0 = no validation.
+    heldout_fraction: float = 0.05
+    # Held-out tokens to measure on, a random choice of documents; null = all.
+    max_validation_tokens: int | None = 200_000
+
+    def check(self) -> None:
+        """Checks that concern this section alone."""
+        _share("data.heldout_fraction", self.heldout_fraction)
+        if self.max_validation_tokens is not None:
+            _positive("data", max_validation_tokens=self.max_validation_tokens)
+
+
+@dataclass
+class EngineConfig:
+    """Who computes a step."""
+
+    # single: one process.
+    name: str = "single"
+
+    def check(self) -> None:
+        """Checks that concern this section alone."""
+        _choice("engine", self.name, ("single",))
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases, besides metrics.jsonl."""
+
+    # online, offline (files for `wandb sync`, no account needed) or disabled.
+    mode: str = "offline"
+    # W&B project.
+    project: str = "crossdiff"
+    # W&B user or team; null = the account's default.
+    entity: str | None = None
+    # W&B group of the run; null = the study.
+    group: str | None = None
+
+    def check(self) -> None:
+        """Checks that concern this section alone."""
+        _choice("tracking.mode", self.mode, ("online", "offline", "disabled"))
+
+
+@dataclass
+class TrainSettings(ExtractSettings):
+    """All settings that training knows; analysis adds its own section."""
+
+    crosscoder: CrosscoderConfig = field(default_factory=CrosscoderConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def check(self) -> None:
+        super().check()
+        for section in (self.crosscoder, self.training, self.data, self.engine, self.tracking):
+            section.check()
+        if self.seed < 0:
+            raise BadInput(f"seed={self.seed} must not be negative.")
+        self._check_threshold()
+        self._check_dedicated()
+
+    def _check_threshold(self) -> None:
+        start, num_steps = self.crosscoder.threshold_start_step, self.training.num_steps
+        if start >= num_steps:
+            raise BadInput(
+                f"crosscoder.threshold_start_step={start} is never reached in a run of {num_steps} steps "
+                f"(training.num_tokens={self.training.num_tokens}), and inference needs a threshold. "
+                f"Lower it, for example to {num_steps // 10}, or train on more tokens."
+            )
+
+    def _check_dedicated(self) -> None:
+        num_models = max([len(members) for members in self.pairs.values()], default=2)
+        share = self.crosscoder.dedicated
+        if share * num_models > 1:
+            raise BadInput(
+                f"crosscoder.dedicated={share} for each of {num_models} models asks for more latents than there are. "
+                f"Give at most {1 / num_models:g}."
+            )
+        if share > 0 and int(share * self.crosscoder.num_latents) == 0:
+            raise BadInput(
+                f"crosscoder.dedicated={share} of crosscoder.num_latents={self.crosscoder.num_latents} is less than "
+                f"one latent. Give at least {1 / self.crosscoder.num_latents:g}, or 0."
+            )
+
+
+def _positive(section: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise BadInput(f"{section}.{name}={value} must be greater than 0.")
+
+
+def _not_negative(section: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise BadInput(f"{section}.{name}={value} must not be negative.")
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise BadInput(f"{name}={value} must be at least 0 and less than 1.")
+
+
+def _choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
+        raise BadInput(f"{name}={value} is not one of {', '.join(choices)}. Did you mean {nearest}?")

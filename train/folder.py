@@ -1,0 +1,62 @@
+"""A folder that appears whole or not at all: written aside, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from extract.publish import rename
+
+
+@contextmanager
+def publishing_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill that becomes `folder` when the block ends, or disappears when it raises.
+
+    An existing `folder` is replaced only after its successor is safely on disk. OSError, naming `folder`, where the
+    disk refuses (no space left): safetensors reports such failures as errors of its own, without a number.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _sync(partial)
+        _replace(partial, folder)
+    except SafetensorError as error:
+        raise _disk_error(error, folder) from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    replaced = folder.with_name(folder.name + ".replaced")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        rename(folder, replaced)
+    rename(partial, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*sorted(folder.iterdir()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _disk_error(error: SafetensorError, folder: Path) -> OSError:
+    """safetensors names the operating system's error in its text alone: "... (os error 28)"."""
+    _, found, rest = str(error).partition("os error ")
+    if not found:
+        return OSError(None, str(error), str(folder))
+    number = int(rest.partition(")")[0])
+    return OSError(number, os.strerror(number), str(folder))

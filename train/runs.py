@@ -1,0 +1,82 @@
+"""Which pair a run trains, what the run is called, and which settings decide its result."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import OmegaConf
+
+from extract.errors import BadInput
+from train.config import TrainSettings
+
+# Settings of these sections that change how a run proceeds but not what it computes.
+WITHOUT_EFFECT = {
+    "training.device",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.log_every",
+    "training.validate_every",
+    "data.max_validation_tokens",
+}
+SECTIONS = ("hookpoint", "seed", "kept", "crosscoder", "training", "data")
+
+
+def selected_pair(settings: TrainSettings) -> str:
+    """The pair that this run compares; BadInput with the choices when the study has several and none is selected."""
+    if settings.pair is not None:
+        return settings.pair
+    if len(settings.pairs) == 1:
+        return next(iter(settings.pairs))
+    choices = (
+        ", ".join(f"experiment={settings.study}/{pair}" for pair in settings.pairs)
+        or "none: the study defines no pairs"
+    )
+    raise BadInput(
+        f"A crosscoder compares one pair, and study {settings.study} has {len(settings.pairs)}. Choose: {choices}."
+    )
+
+
+def result_settings(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that decide what training computes, as {dotted name: value}, sorted by name."""
+    values = dataclasses.asdict(settings)
+    leaves = {name: leaf for section in SECTIONS for name, leaf in _leaves(section, values[section])}
+    return {name: leaves[name] for name in sorted(leaves.keys() - WITHOUT_EFFECT)}
+
+
+def run_name(settings: TrainSettings, experiment_settings: TrainSettings) -> str:
+    """`<pair>[,key=value...]`: the result settings that differ from those of the experiment alone, sorted by name."""
+    before = result_settings(experiment_settings)
+    changed = [f"{name}={_text(value)}" for name, value in result_settings(settings).items() if value != before[name]]
+    return ",".join([selected_pair(settings), *changed])
+
+
+def run_folder(settings: TrainSettings, experiment_settings: TrainSettings) -> Path:
+    """Where the run writes: `<outputs>/runs/<run name>`."""
+    return Path(settings.outputs) / "runs" / run_name(settings, experiment_settings)
+
+
+def experiment_settings(experiment: str) -> TrainSettings:
+    """The settings of an experiment without any override, unchecked: some are completed on the command line only.
+
+    For use inside a command, after `extract.command` has stored the schema of its settings.
+    """
+    config = hydra.compose("config", [f"experiment={experiment}"])
+    OmegaConf.resolve(config)
+    settings = OmegaConf.to_object(config)
+    assert isinstance(settings, TrainSettings)
+    return settings
+
+
+def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [leaf for key, child in value.items() for leaf in _leaves(f"{name}.{key}", child)]
+    return [(name, value)]
+
+
+def _text(value: Any) -> str:
+    """A value as it is written on a command line, without blanks and slashes: it becomes part of a folder's name."""
+    text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    return text.replace(" ", "").replace("/", "_").replace("None", "null")

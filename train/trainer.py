@@ -1,0 +1,180 @@
+"""A training run from opened stores to a published crosscoder: resumable, interruptible, and never done twice."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from omegaconf import OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from extract.errors import BadInput
+from extract.publish import publish
+from train.checkpoint import Checkpoints
+from train.config import TrainSettings
+from train.data import ActivationPairs, BatchStream, heldout_batches
+from train.engine import Engine, SingleEngine
+from train.metrics import Throughput
+from train.runs import result_settings
+from train.tracking import MetricsFile, WandbRun
+
+log = logging.getLogger(__name__)
+
+# Exit status of a run that a signal stopped after saving a checkpoint, EX_TEMPFAIL of sysexits.h: the same command
+# continues it.
+EXIT_STOPPED = 75
+
+
+@dataclass
+class Run:
+    """The parts that `fit` works with."""
+
+    settings: TrainSettings
+    engine: Engine
+    stream: BatchStream
+    validation: Callable[[], Iterator[Tensor]]
+    checkpoints: Checkpoints
+    metrics_file: MetricsFile
+    wandb: WandbRun
+
+
+def train(settings: TrainSettings, folder: Path) -> Path:
+    """Train the crosscoder of `settings` in the run folder `folder`, or continue there; returns where it lies.
+
+    A finished run is left as it is. SIGINT and SIGTERM finish the step, save a checkpoint and exit with EXIT_STOPPED.
+
+    Raises BadInput for stores or checkpoints that do not fit, and when training diverges.
+    """
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+    crosscoder_folder = folder / "crosscoder"
+    if crosscoder_folder.exists():
+        log.info("%s is finished", folder)
+        return crosscoder_folder
+    pairs = ActivationPairs.open(settings)
+    log.info("%d tokens to train on, %.2f %% of all dropped", pairs.num_train_tokens, 100 * pairs.share_dropped)
+    run = _open_run(settings, folder, pairs)
+    try:
+        finished = fit(run)
+    finally:
+        run.metrics_file.close()
+        run.wandb.finish()
+    if not finished:
+        log.info("Stopped after step %d; the same command continues", run.engine.steps_done)
+        sys.exit(EXIT_STOPPED)
+    run.engine.save_crosscoder(crosscoder_folder)
+    return crosscoder_folder
+
+
+def fit(run: Run) -> bool:
+    """Train until the last step, or until a signal asks to stop: whether the run is finished."""
+    training, engine, throughput = run.settings.training, run.engine, Throughput()
+    num_tokens, num_steps = training.num_tokens_per_step, training.num_steps
+    progress = tqdm(
+        total=num_steps * num_tokens, initial=engine.steps_done * num_tokens, unit="tok", unit_scale=True, disable=None
+    )
+    with StopRequest() as stop, progress:
+        for x_BMD, waited in prefetched(run.stream, engine.steps_done, num_steps):
+            metrics = _step(run, x_BMD)
+            throughput.count(num_tokens, waited)
+            progress.update(num_tokens)
+            done, last = engine.steps_done, engine.steps_done == num_steps
+            if due(done, training.validate_every) or last:
+                metrics |= engine.evaluate(run.validation())
+            if due(done, training.log_every) or due(done, training.validate_every) or last:
+                metrics |= throughput.read()
+                run.metrics_file.log(done, metrics)
+                run.wandb.log(done, metrics)
+                progress.set_postfix(loss=f"{metrics['train/loss']:.4g}")
+            if due(done, training.checkpoint_every) or stop.requested or last:
+                run.metrics_file.sync()
+                run.checkpoints.save(engine.state())
+            if stop.requested and not last:
+                return False
+    return True
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every `every` steps (0 = never) happens after `step` of them."""
+    return every > 0 and step % every == 0
+
+
+def prefetched(stream: BatchStream, start: int, stop: int) -> Iterator[tuple[Tensor, float]]:
+    """Batches of steps [start, stop), each read while the step before runs, and the seconds waited for each."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(stream.batch, start)
+        for step in range(start, stop):
+            asked = time.perf_counter()
+            x_BMD = pending.result()
+            waited = time.perf_counter() - asked
+            if step + 1 < stop:
+                pending = pool.submit(stream.batch, step + 1)
+            yield x_BMD, waited
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one acts as usual."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._request) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _open_run(settings: TrainSettings, folder: Path, pairs: ActivationPairs) -> Run:
+    training = settings.training
+    engine = SingleEngine(settings, pairs.models, pairs.d_model, pairs.activation_mean, pairs.activation_scale)
+    stream = BatchStream(pairs, settings.seed, training.num_tokens_per_step)
+    identity = {**result_settings(settings), "models": pairs.models, "data": pairs.content_sha256}
+    checkpoints = Checkpoints(folder / "checkpoints", training.keep_checkpoints, identity)
+    state = checkpoints.load()
+    if state is None:
+        engine.initialise(stream.batch(0))
+    else:
+        engine.load_state(state)
+    publish(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(settings)).encode())
+    return Run(
+        settings,
+        engine,
+        stream,
+        lambda: heldout_batches(pairs, training.num_tokens_per_step, settings.data.max_validation_tokens),
+        checkpoints,
+        MetricsFile(folder / "metrics.jsonl", engine.steps_done),
+        WandbRun(settings.tracking, folder, folder.name, settings.study, asdict(settings)),
+    )
+
+
+def _step(run: Run, x_BMD: Tensor) -> dict[str, float]:
+    step = run.engine.steps_done
+    try:
+        return run.engine.step(x_BMD)
+    except FloatingPointError as error:
+        raise BadInput(
+            f"Training diverged at step {step} ({run.stream.describe(step)}): {error} Nothing of this step was kept. "
+            f"Lower training.lr={run.settings.training.lr:g} or lengthen "
+            f"training.warmup_steps={run.settings.training.warmup_steps}. "
+            f"Good checkpoints lie in {run.checkpoints.folder}."
+        ) from error
