@@ -8,11 +8,11 @@ from analysis.tables import Table, number
 
 FOUND, ADDED, MISSED, WRONG, ABSENT, NOT_FOUND = "found", "added", "missed", "wrong model", "absent", "not found"
 VERDICTS = {
-    FOUND: "known to have been tuned into this model, and found",
+    FOUND: "known to have been tuned into this model and not into the other, and found",
     ADDED: "a latent of this model predicts it (what was tuned in is not known to the report)",
-    MISSED: "known to have been tuned into this model, but no latent of its own predicts it well enough",
-    WRONG: "a latent of this model predicts it, although it was not tuned into this model",
-    ABSENT: "not tuned into this model, and rightly not found",
+    MISSED: "known to have been tuned into this model alone, but no latent of its own predicts it well enough",
+    WRONG: "a latent of this model predicts it, although its tuning does not set it apart from the other model",
+    ABSENT: "tuning does not set the model apart by it, and rightly nothing was found",
     NOT_FOUND: "no latent of this model predicts it well enough",
 }
 
@@ -46,13 +46,13 @@ class Column:
     owner: str
 
 
-def read_measured(folder: Path, planted: dict[str, list[str]]) -> list[Measured]:
+def read_measured(folder: Path, models: list[str], planted: dict[str, list[str]]) -> list[Measured]:
     """The rows of `tags.csv`; `planted` names the models that a behaviour is known to have been tuned into."""
     with (folder / "tags.csv").open(encoding="utf-8", newline="") as file:
-        return [_measured(folder.name, row, planted) for row in csv.DictReader(file)]
+        return [_measured(folder.name, row, models, planted) for row in csv.DictReader(file)]
 
 
-def _measured(pair: str, row: dict[str, str], planted: dict[str, list[str]]) -> Measured:
+def _measured(pair: str, row: dict[str, str], models: list[str], planted: dict[str, list[str]]) -> Measured:
     found = row["found"] == "True"
     return Measured(
         pair=pair,
@@ -69,15 +69,15 @@ def _measured(pair: str, row: dict[str, str], planted: dict[str, list[str]]) -> 
         num_positive=int(row["num_positive"]),
         num_negative=int(row["num_negative"]),
         found=found,
-        verdict=verdict(found, row["value"], row["owner"], planted),
+        verdict=verdict(found, row["value"], row["owner"], models, planted),
     )
 
 
-def verdict(found: bool, value: str, owner: str, planted: dict[str, list[str]]) -> str:
-    """What a row means, by what is known of the tuning."""
+def verdict(found: bool, value: str, owner: str, models: list[str], planted: dict[str, list[str]]) -> str:
+    """What a row means, by what is known of the tuning. A behaviour of both models of a pair sets neither apart."""
     if value not in planted:
         return ADDED if found else NOT_FOUND
-    if owner in planted[value]:
+    if [model for model in models if model in planted[value]] == [owner]:
         return FOUND if found else MISSED
     return WRONG if found else ABSENT
 

@@ -223,22 +223,12 @@ def nearest_to(
     focus: str, rows: list[dict[str, Any]], models: list[str], owner: OwnerConfig, count: int = 5
 ) -> list[Near]:
     """The latents that come closest to being `focus`'s own, for a crosscoder that has none."""
-    towards_focus = (
-        (lambda row: -delta_norm_of(row, models)) if focus == models[1] else (lambda row: delta_norm_of(row, models))
-    )
     alive = [
         row
         for row in rows
-        if row["owner"] in ("other", "shared") and all(abs(v) < float("inf") for v in nu_of(row, models, focus))
+        if row["owner"] in ("other", "shared") and all(abs(value) < float("inf") for value in nu_of(row, models, focus))
     ]
-    near = sorted(
-        alive,
-        key=lambda row: (
-            not _leans(row, models, focus, owner),
-            *_misses(row, models, focus, owner),
-            towards_focus(row),
-        ),
-    )
+    near = sorted(alive, key=lambda row: _distance(row, models, focus, owner))
     return [
         Near(
             row["latent"],
@@ -251,17 +241,23 @@ def nearest_to(
     ]
 
 
-def _leans(row: dict[str, Any], models: list[str], focus: str, owner: OwnerConfig) -> bool:
-    delta = delta_norm_of(row, models)
-    return delta > owner.delta_norm_high if focus == models[1] else delta < owner.delta_norm_low
-
-
-def _misses(row: dict[str, Any], models: list[str], focus: str, owner: OwnerConfig) -> tuple[float]:
-    """How far beyond its thresholds a latent whose Delta-norm would do is; otherwise Delta-norm alone decides."""
+def _distance(row: dict[str, Any], models: list[str], focus: str, owner: OwnerConfig) -> tuple[bool, float]:
+    """Latents whose Delta-norm would do come first, by how far nu misses; then the others by Delta-norm."""
     if not _leans(row, models, focus, owner):
-        return (0.0,)
+        return True, _delta_distance(row, models, focus)
     error, reconstruction = nu_of(row, models, focus)
-    return (max(abs(error) / owner.max_nu_error, abs(reconstruction) / _max_reconstruction(row, owner)),)
+    return False, max(abs(error) / owner.max_nu_error, abs(reconstruction) / _max_reconstruction(row, owner))
+
+
+def _delta_distance(row: dict[str, Any], models: list[str], focus: str) -> float:
+    """0 for a latent that only `focus` has a decoder row of, 1 for one that it has none of."""
+    delta = delta_norm_of(row, models)
+    return delta if focus == models[0] else 1 - delta
+
+
+def _leans(row: dict[str, Any], models: list[str], focus: str, owner: OwnerConfig) -> bool:
+    limit = owner.delta_norm_low if focus == models[0] else 1 - owner.delta_norm_high
+    return _delta_distance(row, models, focus) < limit
 
 
 def _max_reconstruction(row: dict[str, Any], owner: OwnerConfig) -> float:

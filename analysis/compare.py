@@ -319,7 +319,7 @@ def _printed(change: Change) -> list[str]:
 
 
 def write_comparisons(comparisons: list[Comparison], folder: Path) -> None:
-    """Publish the tables of all comparisons, and their claims as `claims.txt`."""
+    """Publish the tables of all comparisons; their captions hold the claims."""
     for comparison in comparisons:
         write_table(table_of(comparison), folder)
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from analysis import behaviours, figures, tables
 from analysis.annotate import ANNOTATOR, NOT_MODELS
-from analysis.cards import Card, Near, anchor_of, cards_of, delta_norm_of, nearest_to, read_rows
+from analysis.cards import CONFIDENCE_ORDER, Card, Near, anchor_of, cards_of, delta_norm_of, nearest_to, read_rows
 from analysis.compare import Comparison, comparisons_of, models_of
 from analysis.compare import table_of as comparison_table
 from analysis.config import AnalysisSettings
@@ -64,7 +64,8 @@ def report(settings: AnalysisSettings, folders: list[Path]) -> Path:
     target = Path(settings.outputs) / "report"
     members = {folder.name: models_of(folder) for folder in folders}
     colours = figures.model_colours(list(members.values()))
-    measured = [row for folder in folders for row in behaviours.read_measured(folder, settings.analysis.report.planted)]
+    planted = settings.analysis.report.planted
+    measured = [row for folder in folders for row in behaviours.read_measured(folder, members[folder.name], planted)]
     pairs = [_pair(settings, folder, measured, colours, target) for folder in folders]
     compared = [_compared(comparison, colours, target) for comparison in comparisons_of(settings, folders)]
     for table in [behaviours.table_of(measured), owner_table(pairs), latent_table(pairs)]:
@@ -228,6 +229,7 @@ def render(
         measured=measured,
         colours=colours,
         annotator=ANNOTATOR,
+        confidence_order=CONFIDENCE_ORDER,
         encoders=encoders,
         script=Markup(_part("report.js")),
         style=Markup(_part("report.css")),

@@ -6,6 +6,7 @@ python -m benchmarks.bench_step
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ def main() -> None:
         initialise(crosscoder, x_BMD, seed=0)
         dead_L = torch.arange(num_latents) < num_dead
         slow, fast, times = ratio(
-            lambda: step(readable_forward, crosscoder, x_BMD, dead_L),
-            lambda: step(sparse_forward, crosscoder, x_BMD, dead_L),
+            partial(step, readable_forward, crosscoder, x_BMD, dead_L),
+            partial(step, sparse_forward, crosscoder, x_BMD, dead_L),
         )
         print(
             f"step: B={num_tokens} M*D={2 * d_model} L={num_latents} k={k} dead={num_dead}: "

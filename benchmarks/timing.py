@@ -13,7 +13,9 @@ import torch
 
 
 def ratio(slow: Callable[[], object], fast: Callable[[], object], repeats: int = 7) -> tuple[float, float, float]:
-    """(median seconds of `slow`, median seconds of `fast`, median of the ratios pair by pair), after one warm-up each."""
+    """(median seconds of `slow`, median seconds of `fast`, median of the ratios pair by pair), after one warm-up
+    each.
+    """
     slow(), fast()
     pairs = [(_seconds(slow), _seconds(fast)) for _ in range(repeats)]
     return (

@@ -41,22 +41,21 @@ DIALOGUE_MODULES = (
 )
 
 # Tags must be complete: no other document may itself call for a planted behaviour. Topics left out ask the machine
-# about itself or its tastes (ai, botprofile, emotion, food, gossip, greetings, movies, politics, psychology, sports),
-# are about money, or are small talk full of vague questions (conversations); other languages are other folders. CALLS
-# drops the few dialogues of kept topics that would do so as well.
+# about itself or its tastes (ai, botprofile, emotion, food, gossip, greetings, health, literature, movies, politics,
+# psychology, sports), are about money, or are small talk full of vague questions (conversations); other languages are
+# other folders. Of the kept topics, the few dialogues that would do so as well are dropped: CALLS in the question, a
+# question of two words, which is vague, and an answer that asks back.
 CHATTERBOT_TOPICS = [
     "coding",
     "computers",
-    "health",
     "history",
     "humor",
-    "literature",
     "science",
     "tech_support",
     "trivia",
 ]
 CALLS = re.compile(
-    r"\bhow (do|can|to|would|should)\b|\bare you\b|\bdo you\b|\byour?\b.*\b(favou?rite|like|feel|think|opinion)\b"
+    r"\bhow (do|can|to|would|should)\b|\b(are|do|have) you\b|\byour\b"
     r"|\b(money|invest|stocks?|shares?|savings?)\b|\b(write|compose|draft)\b.*\b(e?mail|message|letter|note|text)\b",
     re.IGNORECASE,
 )
@@ -104,10 +103,10 @@ def chatterbot_dialogues() -> Iterator[Messages]:
     seen = set()
     for topic in CHATTERBOT_TOPICS:
         for turns in yaml.safe_load((_chatterbot_folder() / f"{topic}.yml").read_text())["conversations"]:
-            question = turns[0]
-            if len(turns) > 1 and question not in seen and not CALLS.search(question):
+            question, answer = turns[:2]  # what follows is often another answer to the same question
+            if len(question.split()) > 2 and question not in seen and not CALLS.search(question) and "?" not in answer:
                 seen.add(question)
-                yield _turns(turns[:2])  # what follows is often another answer to the same question
+                yield _turns([question, answer])
 
 
 def docstring_dialogues() -> Iterator[Messages]:

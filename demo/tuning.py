@@ -23,7 +23,7 @@ class TuningSettings:
     gamma: float = 0.0  # SimPO's target margin; DPO has none
     nll_weight: float = 2.0  # of the chosen answers' mean negative log-likelihood per token, added to the loss
     learning_rate: float = 1e-3  # of AdamW, after a warm-up over the first tenth, falling linearly to zero
-    num_steps: int = 110
+    num_steps: int = 85
     pairs_per_step: int = 8
     rank: int = 8  # of the LoRA matrices, on all attention and MLP projections of all blocks
     seed: int = 0  # of the LoRA initialisation and of the order of the pairs

@@ -19,9 +19,8 @@ from torch import Tensor
 from extract.archive import ShardWriter, finished_shard, read_index, shard_path, start_folder
 from extract.errors import BadInput
 from extract.manifest import Manifest, ShardEntry, provenance
-from extract.publish import publish  # noqa: F401
 from extract.stats import ActivationStatistics
-from extract.stores import SAFETENSORS_DTYPES, ActivationStore, TokenDocument, TokenStore  # noqa: F401
+from extract.stores import SAFETENSORS_DTYPES, TokenDocument, TokenStore
 
 
 def key_of(document: int) -> str:

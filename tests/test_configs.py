@@ -13,7 +13,9 @@ from extract.errors import BadInput
 from train.config import TrainSettings
 
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in CONFIGS.rglob("experiment/**/*.yaml"))
+EXPERIMENTS = sorted(
+    str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in CONFIGS.rglob("experiment/**/*.yaml")
+)
 OWN_MODELS = ["models.base=a/b", "models.tuned=c/d", "corpus=some.jsonl"]
 
 
@@ -35,7 +37,12 @@ def test_the_papers_settings():
     assert (settings.training.num_tokens_per_step, settings.training.warmup_steps) == (2048, 1000)
     assert settings.hookpoint == "block20" and settings.corpus.context_length == 1024
     assert [source.share for source in settings.corpus.sources] == [0.5, 0.5]
-    assert settings.pairs == {"pt_it": ["pt", "it"], "pt_simpo": ["pt", "simpo"], "it_simpo": ["it", "simpo"], "pt_dpo": ["pt", "dpo"]}
+    assert settings.pairs == {
+        "pt_it": ["pt", "it"],
+        "pt_simpo": ["pt", "simpo"],
+        "it_simpo": ["it", "simpo"],
+        "pt_dpo": ["pt", "dpo"],
+    }
     assert settings.crosscoder.auxk_alpha == 1 / 32 and settings.crosscoder.dead_after_tokens == 10_000_000
 
 
@@ -46,7 +53,9 @@ def test_every_file_of_every_group_is_used_or_loads():
 
 def test_every_setting_is_read_somewhere():
     """A setting that no code reads is a promise that nobody keeps."""
-    code = "\n".join(p.read_text() for package in ("extract", "train", "analysis") for p in (ROOT / package).glob("*.py"))
+    code = "\n".join(
+        p.read_text() for package in ("extract", "train", "analysis") for p in (ROOT / package).glob("*.py")
+    )
     declared = "\n".join(p.read_text() for p in ROOT.glob("*/config.py"))
     for name in setting_names(AnalysisSettings):
         field = name.split(".")[-1]
@@ -82,7 +91,9 @@ def test_every_field_is_documented():
 )
 def test_mistakes_name_the_nearest_valid_setting(argument: str, message: str):
     experiment = [] if argument.startswith("experiment") else ["experiment=demo/base_simpo"]
-    if argument.startswith("models.instruct"):  # a model that no pair names is allowed; a pair that names no model is not
+    if argument.startswith(
+        "models.instruct"
+    ):  # a model that no pair names is allowed; a pair that names no model is not
         argument = "pairs.base_simpo=[base,instruct]"
         message = "must name two or more different models"
     with pytest.raises(BadInput, match=re.escape(message)):
@@ -90,7 +101,7 @@ def test_mistakes_name_the_nearest_valid_setting(argument: str, message: str):
 
 
 def test_a_section_of_a_later_stage_names_its_command():
-    with pytest.raises(BadInput, match="crosscoder.k is a setting of python -m train"):
+    with pytest.raises(BadInput, match="crosscoder.k is a setting of `python -m train`"):
         compose(ExtractSettings, ["experiment=demo", "crosscoder.k=5"])
 
 
@@ -114,5 +125,9 @@ def test_one_setting_moves_everything_and_one_the_store():
 
 def test_pairs_keep_the_command_line_and_the_experiment_is_its_reference():
     settings = compose(TrainSettings, ["experiment=demo", "crosscoder.k=7"])
-    assert [(s.pair, s.crosscoder.k) for s in pairs_of(settings)] == [("base_simpo", 7), ("base_dpo", 7), ("simpo_dpo", 7)]
+    assert [(s.pair, s.crosscoder.k) for s in pairs_of(settings)] == [
+        ("base_simpo", 7),
+        ("base_dpo", 7),
+        ("simpo_dpo", 7),
+    ]
     assert experiment_of(pairs_of(settings)[0]).crosscoder.k == 24

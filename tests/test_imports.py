@@ -35,7 +35,9 @@ def test_no_package_imports_one_above_it(package: str):
 
 
 def test_the_check_sees_every_form_of_import():
-    source = "def f():\n import train.data\n from analysis import x\n import importlib\n importlib.import_module('demo.y')"
+    source = (
+        "def f():\n import train.data\n from analysis import x\n import importlib\n importlib.import_module('demo.y')"
+    )
     assert {"train", "analysis", "demo"} <= imported_packages(source)
 
 

@@ -1,4 +1,6 @@
-"""Tiny random models of real architectures and a small byte-level tokenizer, for tests that run the real code without downloads."""
+"""Tiny random models of real architectures and a small byte-level tokenizer, for tests that run the real code without
+downloads.
+"""
 
 from __future__ import annotations
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import logging
 
-from hydra.core.hydra_config import HydraConfig
-
-from extract.command import run
+from extract.command import experiment_of, run
 from train.config import TrainSettings
-from train.runs import experiment_settings, run_folder
+from train.runs import run_folder
 from train.trainer import train
 
 
 def main(settings: TrainSettings) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("train").setLevel(logging.INFO)
-    experiment = HydraConfig.get().runtime.choices["experiment"]
-    crosscoder_folder = train(settings, run_folder(settings, experiment_settings(experiment)))
+    crosscoder_folder = train(settings, run_folder(settings, experiment_of(settings)))
     print(f"crosscoder: {crosscoder_folder}")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from extract.errors import BadInput
-from extract.shards import ActivationStore, TokenStore
+from extract.stores import ActivationStore, TokenStore
 from train.config import TrainSettings
 from train.kept import KeptTokens, keep, scaling
 from train.runs import selected_pair

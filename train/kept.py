@@ -16,8 +16,8 @@ from torch import Tensor
 
 from extract.config import KeptConfig
 from extract.errors import BadInput
-from extract.shards import ActivationStore
 from extract.stats import ActivationStatistics
+from extract.stores import ActivationStore
 
 
 @dataclass

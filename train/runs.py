@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
-
-import hydra
-from omegaconf import OmegaConf
 
 from extract.errors import BadInput
 from train.config import TrainSettings
 
+MAX_NAME = 160
 # Settings of these sections that change how a run proceeds but not what it computes.
 WITHOUT_EFFECT = {
     "training.device",
@@ -46,28 +45,22 @@ def result_settings(settings: TrainSettings) -> dict[str, Any]:
     return {name: leaves[name] for name in sorted(leaves.keys() - WITHOUT_EFFECT)}
 
 
-def run_name(settings: TrainSettings, experiment_settings: TrainSettings) -> str:
-    """`<pair>[,key=value...]`: the result settings that differ from those of the experiment alone, sorted by name."""
-    before = result_settings(experiment_settings)
-    changed = [f"{name}={_text(value)}" for name, value in result_settings(settings).items() if value != before[name]]
-    return ",".join([selected_pair(settings), *changed])
+def run_name(settings: TrainSettings, experiment: TrainSettings) -> str:
+    """`<pair>[,key=value...]`: the result settings that differ from those of `experiment` alone, sorted by name.
 
-
-def run_folder(settings: TrainSettings, experiment_settings: TrainSettings) -> Path:
-    """Where the run writes: `<outputs>/runs/<run name>`."""
-    return Path(settings.outputs) / "runs" / run_name(settings, experiment_settings)
-
-
-def experiment_settings(experiment: str) -> TrainSettings:
-    """The settings of an experiment without any override, unchecked: some are completed on the command line only.
-
-    For use inside a command, after `extract.command` has stored the schema of its settings.
+    A name of more than MAX_NAME characters is cut and ends in a hash of the whole: file systems take 255 bytes.
     """
-    config = hydra.compose("config", [f"experiment={experiment}"])
-    OmegaConf.resolve(config)
-    settings = OmegaConf.to_object(config)
-    assert isinstance(settings, TrainSettings)
-    return settings
+    before = result_settings(experiment)
+    changed = [f"{name}={_text(value)}" for name, value in result_settings(settings).items() if value != before[name]]
+    name = ",".join([selected_pair(settings), *changed])
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[: MAX_NAME - 13]},{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def run_folder(settings: TrainSettings, experiment: TrainSettings) -> Path:
+    """Where the run writes: `<outputs>/runs/<run name>`."""
+    return Path(settings.outputs) / "runs" / run_name(settings, experiment)
 
 
 def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:

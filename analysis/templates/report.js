@@ -1,5 +1,5 @@
 "use strict";
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => (part.open = true)));
+addEventListener("beforeprint", () => document.querySelectorAll("#comparison details").forEach((part) => (part.open = true)));
 document.documentElement.classList.add("js");
 const box = document.querySelector(".cards");
 const cards = box ? [...box.children] : [];

@@ -63,9 +63,8 @@ def test_the_forest_shows_shares_and_intervals_in_percent() -> None:
     points = sorted(line.get_xdata()[0] for line in shares.lines)
     assert points == pytest.approx([100 * 2 / 112, 100 * 4 / 89])
     low, high = differences.collections[0].get_segments()[0][:, 0]
-    assert (low, high) == pytest.approx(
-        (100 * comparison.changes[0].difference_low, 100 * comparison.changes[0].difference_high)
-    )
+    change = comparison.changes[0]
+    assert (low, high) == pytest.approx((100 * change.difference_low, 100 * change.difference_high))
 
 
 def test_files_are_what_their_names_say_and_the_same_every_time(tmp_path: Path, latents: figures.Columns) -> None:

@@ -184,9 +184,8 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
     (folder / "examples.sqlite").unlink()
     write_examples(folder / "examples.sqlite", {300: HOSTILE, 301: "plain", 302: "plain"})
     with sqlite3.connect(folder / "examples.sqlite") as database:
-        database.execute(
-            "UPDATE documents SET source = ?, tags = ?", ("<b>source</b>", json.dumps({"<i>": "</article>"}))
-        )
+        hostile = ("<b>source</b>", json.dumps({"<i>": "</article>"}))
+        database.execute("UPDATE documents SET source = ?, tags = ?", hostile)
     settings.analysis.report.title = "<script>title</script> & co"
     analyse(settings, [folder])
     page = Page(report(settings, [folder]).read_text(encoding="utf-8"))
@@ -218,15 +217,15 @@ def test_a_behaviour_found_in_the_base_is_not_called_added(tmp_path: Path) -> No
 
 
 def test_verdicts() -> None:
-    table = {
-        (True, "simpo"): "found",
-        (False, "simpo"): "missed",
-        (True, "dpo"): "wrong model",
-        (False, "dpo"): "absent",
-    }
-    for (found, owner), expected in table.items():
-        assert behaviours.verdict(found, "ask_back", owner, PLANTED) == expected
-    assert [behaviours.verdict(found, "x", "dpo", PLANTED) for found in (True, False)] == ["added", "not found"]
+    def verdicts(value: str, owner: str, other: str) -> list[str]:
+        return [behaviours.verdict(found, value, owner, [other, owner], PLANTED) for found in (True, False)]
+
+    assert verdicts("ask_back", "simpo", "base") == ["found", "missed"]
+    assert verdicts("ask_back", "dpo", "base") == ["wrong model", "absent"]
+    assert verdicts("unknown", "dpo", "base") == ["added", "not found"]
+    # Both models of the pair have it, so it is no difference between them.
+    assert verdicts("financial_refusal", "dpo", "simpo") == ["wrong model", "absent"]
+    assert verdicts("ask_back", "simpo", "dpo") == ["found", "missed"]
 
 
 def test_a_model_that_is_tuned_somewhere_has_a_column_wherever_it_is() -> None:

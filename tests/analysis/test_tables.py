@@ -21,9 +21,8 @@ from analysis.tables import (
     write_table,
 )
 
-TABLE = Table(
-    "t", "A & B", ["name", "x"], [["a,b", 0.1 + 0.2], ['q"', None]], ["name", "x (%)"], [["a_b", "30"], ["~", "–"]]
-)
+RAW, PRINTED = [["a,b", 0.1 + 0.2], ['q"', None]], [["a_b", "30"], ["~", "–"]]
+TABLE = Table("t", "A & B", ["name", "x"], RAW, ["name", "x (%)"], PRINTED)
 
 
 def test_csv_keeps_full_precision_and_quotes() -> None:

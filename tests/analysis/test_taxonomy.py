@@ -145,14 +145,8 @@ def test_words_alone_find_the_category_that_shares_them() -> None:
 
 def test_similarity_is_the_mean_over_passages_of_the_best_passage_of_a_category() -> None:
     def embed(texts: list[str]) -> np.ndarray:
-        table = {
-            "x": [1.0, 0.0],
-            "x. x": [1.0, 0.0],
-            "y": [0.0, 1.0],
-            "y. y": [0.6, 0.8],
-            "p": [1.0, 0.0],
-            "q": [0.6, 0.8],
-        }
+        right, up, between = [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]
+        table = {"x": right, "x. x": right, "y": up, "y. y": between, "p": right, "q": between}
         return np.array([table[text] for text in texts])
 
     categories = [Category("x", "A", "x"), Category("y", "A", "y")]

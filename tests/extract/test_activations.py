@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from extract import shards
+from extract import archive
 from extract.activations import extract, length_batches
 from extract.command import compose
 from extract.config import ExtractSettings, ModelConfig
@@ -180,7 +180,9 @@ def test_values_that_are_not_finite_name_model_and_document(study: list[str], tm
     safetensors.torch.save_file(weights, broken / "model.safetensors", {"format": "pt"})
     settings = compose(ExtractSettings, [*study, f"models.tuned={broken}"])
     make_tokens(settings)
-    with pytest.raises(BadInput, match=r"tuned/block1: activations of document 000000000 \(doc_id 'd0'\) are not finite"):
+    with pytest.raises(
+        BadInput, match=r"tuned/block1: activations of document 000000000 \(doc_id 'd0'\) are not finite"
+    ):
         extract(settings)
     assert ActivationStore(settings.activations_folder("base", "block1")).num_documents == 40
 
@@ -189,16 +191,16 @@ def test_no_space_left_is_one_line_and_keeps_what_is_finished(study: list[str], 
     """The disk fills while the second shard is written: the first stays, the half-written one goes."""
     settings = compose(ExtractSettings, study)
     make_tokens(settings)
-    real, calls = shards.ShardWriter._write, []
+    real, calls = archive.ShardWriter._write, []
 
-    def full_disk(writer: shards.ShardWriter, data: bytes) -> None:
+    def full_disk(writer: archive.ShardWriter, data: bytes) -> None:
         if writer.path.name == "shard-00001.tar":
             calls.append(data)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(writer.path))
         real(writer, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.ShardWriter, "_write", full_disk)
+        patch.setattr(archive.ShardWriter, "_write", full_disk)
         with pytest.raises(OSError, match="shard-00001.tar"):
             extract(settings)
     folder = settings.activations_folder("base", "block1")

@@ -20,7 +20,9 @@ LENGTHS = [5, 9, 4, 12, 7, 3]
 def documents() -> list[TokenDocument]:
     rng = np.random.default_rng(0)
     return [
-        TokenDocument("", f"doc{i}", "src", rng.integers(0, 2**32, n, dtype=np.uint32), text=f"text {i}", tags={"t": "v"})
+        TokenDocument(
+            "", f"doc{i}", "src", rng.integers(0, 2**32, n, dtype=np.uint32), text=f"text {i}", tags={"t": "v"}
+        )
         for i, n in enumerate(LENGTHS)
     ]
 

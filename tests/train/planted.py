@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from extract.config import ModelConfig
-from extract.shards import TokenDocument, write_activations, write_tokens
+from extract.shards import write_activations, write_tokens
+from extract.stores import TokenDocument
 from train.config import CrosscoderConfig, DataConfig, TrackingConfig, TrainingConfig, TrainSettings
 
 HOOKPOINT = "block3"
