@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from analysis.config import AnalysisSettings
@@ -12,6 +13,7 @@ from train.runs import run_folder, selected_pair
 
 def main(settings: AnalysisSettings) -> None:
     """Analyses the selected pairs, then compares and reports all pairs of the study that are analysed."""
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
     places = [(pair, *folders_of(pair)) for pair in pairs_of(settings)]
     for pair, crosscoder_folder, _ in places:  # what one pair lacks is said before hours of work on another
         inputs_of_latents(pair, crosscoder_folder)

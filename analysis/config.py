@@ -148,7 +148,12 @@ def check_analysis(analysis: AnalysisConfig) -> None:
         "examples.top_documents": analysis.examples.top_documents,
         "tags.resamples": analysis.tags.resamples,
         "annotate.num_documents": analysis.annotate.num_documents,
+        "annotate.window": analysis.annotate.window,
+        "annotate.max_ngram": analysis.annotate.max_ngram,
         "compare.resamples": analysis.compare.resamples,
+        "report.latents_per_model": analysis.report.latents_per_model,
+        "report.documents_per_latent": analysis.report.documents_per_latent,
+        "report.context_tokens": analysis.report.context_tokens,
     }.items():
         if value < 1:
             raise BadInput(f"analysis.{name} ({value}) must be at least 1.")
@@ -163,6 +168,14 @@ def check_analysis(analysis: AnalysisConfig) -> None:
         raise BadInput(
             f"analysis.annotate.num_documents ({analysis.annotate.num_documents}) exceeds what is stored for a latent, "
             f"analysis.examples.top_documents ({analysis.examples.top_documents}). Lower the first or raise the second."
+        )
+    if analysis.taxonomy.encoder not in ("auto", "minilm", "tfidf"):
+        raise BadInput(f'analysis.taxonomy.encoder ({analysis.taxonomy.encoder}) must be "auto", "minilm" or "tfidf".')
+    if not 0 <= analysis.taxonomy.similarity_floor < 1:
+        raise BadInput(
+            f"analysis.taxonomy.similarity_floor ({analysis.taxonomy.similarity_floor}) must lie in [0, 1): 0 puts "
+            f"every "
+            "description into some category."
         )
     if analysis.device not in ("auto", "cpu") and not analysis.device.startswith("cuda"):
         raise BadInput(f'analysis.device ({analysis.device}) must be "auto", "cpu" or "cuda".')

@@ -128,7 +128,8 @@ def steps_of_study(settings: AnalysisSettings, folders: list[Path]) -> list[Step
         training = {path.name: path for path in (run / "metrics.jsonl", run / "config.yaml") if path.exists()}
         inputs |= {f"{folder.name}/{name}": path for name, path in (files(folder, *NEEDED) | training).items()}
     chosen = {"taxonomy": asdict(config.taxonomy), "compare": asdict(config.compare)}
-    shown = chosen | {"owner": asdict(config.owner), "report": asdict(config.report)}
+    shown = chosen | {name: asdict(getattr(config, name)) for name in ("owner", "tags", "annotate", "report")}
+    shown["kept"] = asdict(settings.kept) | {"hookpoint": settings.hookpoint}
     return [
         Step("compare", chosen, inputs, (), lambda: compare(settings, folders)),
         Step("report", shown, inputs, (INDEX,), lambda: report(settings, folders)),
