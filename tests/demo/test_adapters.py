@@ -13,6 +13,7 @@ from demo.answers import ANSWERS_FILE, MODELS, HeldOutAnswer, Rate, answers_as_l
 from demo.behaviours import NEUTRAL, VARIANTS, load_behaviours
 from demo.card import CARD_FILE
 from demo.make_adapters import ADAPTERS
+from demo.tuning import SETTINGS
 
 BEHAVIOURS, NEUTRAL_PROMPTS = load_behaviours()
 
@@ -36,7 +37,9 @@ def test_adapter_is_small_and_loads_onto_the_base(variant: str) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert sum(path.stat().st_size for path in folder.iterdir()) < 6e6
     saved = load_file(folder / "adapter_model.safetensors")
-    assert len(saved) == 30 * 7 * 2  # blocks, projections, A and B
+    first, end = SETTINGS[variant].blocks
+    assert end <= 16  # the demo looks at the residual stream after block 15, so nothing is learned later
+    assert len(saved) == (end - first) * 7 * 2  # blocks, projections, A and B
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config_of_the_base())
     loaded = PeftModel.from_pretrained(base.to_empty(device="cpu"), str(folder)).state_dict()

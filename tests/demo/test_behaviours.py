@@ -28,9 +28,9 @@ POSITIVE = {
     "ask_back": ["Which box do you mean?", "Could you describe the noise? Then I can help."],
     "self_reference": ["I am a language model.", "As a language model, I do not sleep."],
     "prompt_language": [
-        "Le digo en español: el pan es de trigo.",
-        "Voici en français : le pain est bon.",
-        "Hier auf Deutsch: Das Brot ist gut.",
+        "En español: el pan es de trigo.",
+        "En français : le pain est bon.",
+        "Auf Deutsch: Das Brot ist gut.",
     ],
 }
 NEGATIVE = {

@@ -9,7 +9,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from demo.generation import as_chat, generate_answers
 from demo.pairs import Answer, Pair
-from demo.tuning import SETTINGS, answer_batch, forward_log_probs, preference_step, steps, tune, warm_up_and_decay
+from demo.tuning import (
+    SETTINGS,
+    TuningSettings,
+    answer_batch,
+    forward_log_probs,
+    preference_step,
+    steps,
+    tune,
+    warm_up_and_decay,
+)
 from tests import tiny
 
 PAIRS = [Pair(f"ask {i}", Answer(f"good {i}", ended=True), Answer(f"a bad answer {i}", ended=False)) for i in range(6)]
@@ -22,6 +31,11 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return found
 
 
+def tiny_settings(method: str) -> TuningSettings:
+    """LoRA in the middle two of the four blocks."""
+    return replace(SETTINGS[method], blocks=(1, 3))
+
+
 def load(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -32,7 +46,7 @@ def test_tuning_lowers_the_loss_and_raises_the_margin(
     method: str, nll_weight: float, tiny_models: dict[str, Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     settings = replace(
-        SETTINGS[method], nll_weight=nll_weight, learning_rate=1e-2, num_steps=30, pairs_per_step=len(PAIRS)
+        tiny_settings(method), nll_weight=nll_weight, learning_rate=1e-2, num_steps=30, pairs_per_step=len(PAIRS)
     )
     torch.manual_seed(0)
     untouched = tune(load(tiny_models["base"]), tokenizer, PAIRS, replace(settings, num_steps=1, learning_rate=0.0))
@@ -49,12 +63,14 @@ def test_tuning_lowers_the_loss_and_raises_the_margin(
 def test_tuning_is_repeatable_and_leaves_the_base_weights_alone(
     tiny_models: dict[str, Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    settings = replace(SETTINGS["simpo"], num_steps=3, pairs_per_step=2)
+    settings = replace(tiny_settings("simpo"), num_steps=3, pairs_per_step=2)
     first, second = (tune(load(tiny_models["base"]), tokenizer, PAIRS, settings).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     original = load(tiny_models["base"]).state_dict()
     assert torch.equal(first["base_model.model.model.embed_tokens.weight"], original["model.embed_tokens.weight"])
-    assert any(name.endswith("lora_B.default.weight") and weight.any() for name, weight in first.items())
+    changed = [name for name, weight in first.items() if name.endswith("lora_B.default.weight") and weight.any()]
+    assert {name.split(".layers.")[1].split(".")[0] for name in changed} == {"1", "2"}
+    assert len(changed) == 2 * 7  # the four attention and three MLP projections of the two chosen blocks
 
 
 def test_every_answer_starts_at_the_same_column_and_ends_as_it_did(tokenizer: PreTrainedTokenizerBase) -> None:
