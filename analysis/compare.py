@@ -8,6 +8,7 @@ two shares minus one (arXiv 2509.18792).
 """
 
 import csv
+import io
 import re
 import sys
 from collections import Counter, defaultdict
@@ -145,8 +146,11 @@ def read_counts(path: Path, categories: list[Category]) -> list[Counts]:
     """Counts of a CSV file; where its rows are categories of the taxonomy, their classes come first."""
     if not path.is_file():
         raise BadInput(f"counts ({path}) is not a file. Give a CSV: category,<model>,<model>...")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(row)]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"counts ({path}) is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+    rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if any(row)]
     if not rows or len(rows[0]) < 3 or len(set(rows[0])) < len(rows[0]):
         raise BadInput(
             f"counts ({path}): the first line must be category,<model>,<model>... with at least two different models."

@@ -38,6 +38,7 @@ from extract.models import load_tokenizer
 from extract.publish import publishing
 from train.crosscoder import Crosscoder
 from train.data import ActivationPairs
+from train.engine import choose_device
 
 LATENTS, EXAMPLES, MAXIMA = "latents.parquet", "examples.sqlite", "document_maxima.parquet"
 
@@ -55,12 +56,12 @@ def write_latents(settings: AnalysisSettings, crosscoder_folder: Path, folder: P
     """Writes the three files of this module into `folder`.
 
     Raises BadInput before the pass: for a store, crosscoder or tokenizer that is missing, and for a crosscoder of other
-    models or without a threshold.
+    models, of another hookpoint or without a threshold.
     """
     config = settings.analysis
     pairs = ActivationPairs.open(settings)
-    crosscoder = Crosscoder.load(crosscoder_folder, resolve_device(config.device))
-    _check_fit(crosscoder, pairs, crosscoder_folder)
+    crosscoder = Crosscoder.load(crosscoder_folder, str(choose_device(config.device, "analysis.device")))
+    _check_fit(crosscoder, pairs, settings.hookpoint, crosscoder_folder)
     tokenizer = load_tokenizer(pairs.models[0], settings.models[pairs.models[0]])
     gram_LMM = decoder_gram(rows_by_model(crosscoder.W_dec, crosscoder))
     delta_norm_LMM = delta_norm(gram_LMM.diagonal(dim1=1, dim2=2).sqrt()).numpy()
@@ -133,7 +134,7 @@ def new_texts(pairs: ActivationPairs, batch: TokenBatch, seen: set[str]) -> list
     """The documents of a batch whose text no earlier document has; adds their texts to `seen`."""
     found = []
     for document in batch.document_B.unique().tolist():
-        text = pairs.tokens.document(document).content_sha256
+        text = pairs.content[document]
         if text not in seen:
             found.append(document)
             seen.add(text)
@@ -209,20 +210,16 @@ def ordered_pairs(num_models: int) -> list[tuple[int, int]]:
     return [(a, b) for a in range(num_models) for b in range(num_models) if a != b]
 
 
-def resolve_device(device: str) -> str:
-    """The device that `analysis.device` means; BadInput for a GPU that is not there."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput(f"analysis.device={device}, but torch finds no GPU. Set it to auto or cpu.")
-    return device
-
-
-def _check_fit(crosscoder: Crosscoder, pairs: ActivationPairs, crosscoder_folder: Path) -> None:
+def _check_fit(crosscoder: Crosscoder, pairs: ActivationPairs, hookpoint: str, crosscoder_folder: Path) -> None:
     if crosscoder.models != pairs.models or crosscoder.d_model != pairs.d_model:
         raise BadInput(
             f"{crosscoder_folder} was trained on {crosscoder.models} of width {crosscoder.d_model}, the store holds "
             f"{pairs.models} of width {pairs.d_model}. Train the crosscoder again, or give its own store: store=PATH."
+        )
+    if crosscoder.hookpoint != hookpoint:
+        raise BadInput(
+            f"{crosscoder_folder} was trained at {crosscoder.hookpoint}, the activations are of hookpoint={hookpoint}. "
+            f"Set hookpoint={crosscoder.hookpoint}, or train another crosscoder."
         )
     if crosscoder.threshold is None:
         raise BadInput(f"{crosscoder_folder} has no threshold yet (crosscoder.threshold_start_step). Train further.")

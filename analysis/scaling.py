@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from analysis.config import OwnerConfig
+from train.sparse import sparse_rows
 
 # Values that one temporary may hold (256 MB in float32).
 CHUNK_VALUES = 2**26
@@ -36,7 +37,7 @@ class Codes:
     def decode(self, weight_LK: Tensor) -> Tensor:
         """The sparse product acts (B, L) @ weight (L, K), without a (B, L) tensor."""
         counts_B = torch.bincount(self.token_n, minlength=self.num_tokens)
-        return _sparse_rows(counts_B, self.latent_n, self.value_n, self.num_latents) @ weight_LK
+        return sparse_rows(counts_B, self.latent_n, self.value_n, self.num_latents) @ weight_LK
 
 
 class ScalingSums:
@@ -85,16 +86,9 @@ def _sums_by_latent(codes: Codes, targets_B2MD: Tensor) -> Iterator[tuple[Tensor
     rows, begin = max(1, CHUNK_VALUES // flat_BK.shape[1]), 0
     for latent_u, counts_u in zip(latent_U.split(rows), counts_U.split(rows), strict=True):
         end = begin + int(counts_u.sum())
-        acts_uB = _sparse_rows(counts_u, token_n[begin:end], value_n[begin:end], codes.num_tokens)
+        acts_uB = sparse_rows(counts_u, token_n[begin:end], value_n[begin:end], codes.num_tokens)
         yield latent_u, (acts_uB @ flat_BK).unflatten(1, targets_B2MD.shape[1:])
         begin = end
-
-
-def _sparse_rows(counts_r: Tensor, column_n: Tensor, value_n: Tensor, num_columns: int) -> Tensor:
-    """A CSR matrix from entries sorted by row, `counts_r` in each; its 32-bit indices suit MKL and cuSPARSE."""
-    starts = torch.nn.functional.pad(counts_r.cumsum(0), (1, 0)).int()
-    shape = (len(counts_r), num_columns)
-    return torch.sparse_csr_tensor(starts, column_n.int(), value_n, shape, check_invariants=False)
 
 
 def decoder_gram(W_dec_LMD: Tensor) -> Tensor:

@@ -19,19 +19,35 @@ from extract.archive import finished_shard, shard_path, start_folder
 from extract.command import run
 from extract.config import ExtractSettings
 from extract.errors import BadInput
-from extract.models import CutModel, adapter_folder, load_blocks
+from extract.models import CutModel, adapter_folder, check_model, load_blocks
 from extract.shards import finish_activations, write_activation_shard
 from extract.stores import ActivationStore, TokenStore
 
 
 def extract(settings: ExtractSettings) -> None:
-    """Write the activations of every needed model at every hookpoint; what exists is kept."""
+    """Write the activations of every needed model at every hookpoint; what exists is kept.
+
+    Everything that can be refused is refused before the first forward pass, and before the store is touched.
+    """
     tokens = TokenStore(settings.tokens_folder)
-    for name in settings.needed_models:  # everything that can be refused is refused before the first forward pass
+    resolve_device(settings.activations.device)
+    _check_models(settings)
+    for name in settings.needed_models:
         for hookpoint in settings.hookpoints:
             start_folder(settings.activations_folder(name, hookpoint), _made_with(settings, tokens, name, hookpoint))
     for name in settings.needed_models:
         _extract_model(settings, tokens, name)
+
+
+def _check_models(settings: ExtractSettings) -> None:
+    """BadInput for a model that cannot be used, and for a pair whose models have different widths."""
+    widths = {name: check_model(name, settings.models[name], settings.hookpoints) for name in settings.needed_models}
+    for pair, members in settings.needed_pairs.items():
+        if len({widths[name] for name in members}) > 1:
+            listed = ", ".join(f"{name} {widths[name]}" for name in members)
+            raise BadInput(
+                f"pairs.{pair}: its models have different widths ({listed}). A crosscoder compares models of one width."
+            )
 
 
 def _extract_model(settings: ExtractSettings, tokens: TokenStore, name: str) -> None:
@@ -51,7 +67,7 @@ def _extract_model(settings: ExtractSettings, tokens: TokenStore, name: str) -> 
                 _extract_shard(settings, model, tokens, name, number, numbers, bar)
     for hookpoint, folder in folders.items():
         if not (folder / "manifest.json").exists():
-            finish_activations(folder, tokens, _made_with(settings, tokens, name, hookpoint))
+            finish_activations(folder, tokens, _made_with(settings, tokens, name, hookpoint), asdict(settings))
         statistics = ActivationStore(folder).statistics
         print(
             f"activations: {name} at {hookpoint}, mean norm {statistics.mean_norm:.1f} over {statistics.count:,} "

@@ -1,9 +1,10 @@
 """The format on disk: tar shards that any WebDataset reader opens, each with an index that lets ours map them directly.
 
-    <folder>/settings.json        what the shards are made with, written first; work is continued only under the same
-    settings <folder>/shard-00000.tar      members `<key>.<extension>`, one sample a key
+    <folder>/settings.json        what the shards are made with, written first; work continues only under the same ones
+    <folder>/shard-00000.tar      members `<key>.<extension>`, one sample a key
     <folder>/shard-00000.index    JSON: [key, tokens] of every document, [name, offset, size] of every member, sha256,
-    statistics <folder>/manifest.json        written last
+                                  statistics
+    <folder>/manifest.json        written last
 
 A shard exists when its index does: the archive is renamed into place first, then the index. Bytes depend on the content
 alone (no times, no owners), so equal content gives equal hashes.
@@ -16,7 +17,9 @@ import json
 import mmap
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 from extract.errors import BadInput
 from extract.manifest import FORMAT_VERSION, ShardEntry
@@ -43,8 +46,11 @@ class ShardWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        try:
+            with naming(self.path):
+                self._file.close()  # writes what is buffered: a full disk may say so only here
+        finally:
+            self._partial.unlink(missing_ok=True)
 
     def add(self, key: str, members: dict[str, bytes], tokens: int) -> None:
         """Append the sample `key`: one member per extension."""
@@ -118,18 +124,31 @@ def read_index(path: Path) -> dict:
 
 
 def start_folder(folder: Path, settings: dict) -> None:
-    """Begin or continue a folder of shards: BadInput when it holds shards of other settings."""
+    """Begin or continue a folder of shards: BadInput when it holds shards of other settings.
+
+    Settings that no shard was made with yet (a mistake that stopped the first attempt) are replaced.
+    """
     path = folder / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_bytes())
-        if before != json.loads(json.dumps(settings)):
-            changed = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
-            values = "; ".join(f"{k}: {before.get(k)!r} there, {settings.get(k)!r} now" for k in changed)
-            raise BadInput(
-                f"{folder} was made with other settings ({values}). Choose another store=PATH, or delete the folder."
-            )
+    data = json.dumps(settings, indent=1).encode()
+    if not path.exists() or not any(folder.glob("shard-*.tar")):
+        publish(path, data)
         return
-    publish(path, json.dumps(settings, indent=1).encode())
+    changed = "; ".join(_differences(json.loads(path.read_bytes()), json.loads(data)))
+    if changed:
+        raise BadInput(
+            f"{folder} was made with other settings ({changed}). Choose another store=PATH, or delete the folder."
+        )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """One "name: before there, now now" per leaf that two JSON values do not share."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in list(dict.fromkeys([*before, *now])):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    elif before != now:
+        yield f"{name}: {before!r} there, {now!r} now"
 
 
 class MappedShard:
@@ -137,17 +156,24 @@ class MappedShard:
     writes to them.
     """
 
-    def __init__(self, path: Path, bytes_expected: int):
-        if not path.exists() or path.stat().st_size != bytes_expected:
-            size = path.stat().st_size if path.exists() else "no"
-            raise BadInput(
-                f"{path} has {size} bytes, its manifest says {bytes_expected}: truncated or replaced. "
-                "Delete the shard, its index and the manifest and run the stage again: only this shard is redone."
-            )
-        self.path = path
-        self.index = read_index(path.with_suffix(".index"))
+    def __init__(self, folder: Path, entry: ShardEntry):
+        self.path = folder / entry.file
+        size = self.path.stat().st_size if self.path.exists() else "no"
+        if size != entry.bytes:
+            self._refuse(self.path, f"has {size} bytes, its manifest says {entry.bytes}: truncated or replaced")
+        index_path = self.path.with_suffix(".index")
+        self.index = read_index(index_path)
+        if hashlib.sha256(index_path.read_bytes()).hexdigest() != entry.index_sha256:
+            self._refuse(index_path, "was altered: its sha256 is not the manifest's")
         self.members = {name: (offset, size) for name, offset, size in self.index["members"]}
         self._map: mmap.mmap | None = None
+
+    @staticmethod
+    def _refuse(path: Path, what: str) -> NoReturn:
+        raise BadInput(
+            f"{path} {what}. Delete the shard, its index and the manifest and run the stage again: only this shard is "
+            f"redone."
+        )
 
     @property
     def map(self) -> mmap.mmap:

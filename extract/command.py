@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import itertools
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +31,18 @@ from extract.config import ExtractSettings, ModelConfig
 from extract.errors import BadInput
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+# What a disk or a path can refuse: these are the user's to mend, any other OSError is a defect and keeps its traceback.
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
+MULTIRUN = ("-m", "--multirun")
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 # Where a section of a later stage belongs, for the error that a command further up gives.
@@ -50,29 +64,71 @@ def run(settings_class: type[Settings], function: Callable[[Settings], None]) ->
     Exits with 2 and one line on standard error for input that a user can mend (BadInput, no space left), with Hydra's
     status else.
     """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(settings_class))
+        sys.exit()
     ConfigStore.instance().store(name="schema", node=settings_class)
     try:
         sys.argv[1:] = check_overrides(settings_class, sys.argv[1:])
-        if not any(argument.startswith("-") for argument in sys.argv[1:]):
-            compose(settings_class, sys.argv[1:])  # the same composition as below, for errors of one line
+        if all(argument in MULTIRUN for argument in sys.argv[1:] if argument.startswith("-")):
+            for overrides in _members(sys.argv[1:]):  # the same compositions as below, for errors of one line
+                compose(settings_class, overrides)
     except BadInput as error:
         sys.exit(_report(error))
+    except KeyboardInterrupt:
+        sys.exit(_interrupted())
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
     def entry(config: DictConfig) -> None:
         try:
             function(_to_settings(settings_class, config, list(HydraConfig.get().overrides.task)))
         except (BadInput, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
                 raise
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise  # the launcher records which member failed
+                raise CompactHydraException(f"error: {error}") from error  # the launcher records which member failed
             sys.exit(_report(error))
         except KeyboardInterrupt:
-            print("\ninterrupted: what is finished is kept; the same command continues.", file=sys.stderr)
-            sys.exit(EXIT_INTERRUPTED)
+            sys.exit(_interrupted())
 
     entry()
+
+
+def _members(arguments: list[str]) -> list[list[str]]:
+    """The command lines of a sweep's members, of which there is one where nothing is swept; Hydra's own settings left
+    out.
+    """
+    if not set(MULTIRUN) & set(arguments):
+        return [arguments]
+    own = [argument for argument in arguments if not _is_hydras(argument)]
+    try:
+        parsed = OverridesParser.create().parse_overrides(own)
+    except HydraException as error:
+        raise BadInput(_one_line(error)) from error
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [str(override.input_line)]
+        for override in parsed
+    ]
+    return [list(member) for member in itertools.product(*choices)]
+
+
+def help_text(settings_class: type[ExtractSettings]) -> str:
+    """What the running command does, the experiments, and its settings with their defaults."""
+    about = (sys.modules["__main__"].__doc__ or "").strip()
+    defaults = OmegaConf.to_container(OmegaConf.structured(settings_class))
+    later = [name for name, kind in typing.get_type_hints(settings_class).items() if kind is Any]
+    names = [name for name in setting_names(settings_class) if name not in (*later, "composed_from")]
+    lines = [f"  {name}={_default(defaults, name)}" for name in names]
+    note = "Settings are key=value. What each means is the comment above it in extract, train or analysis/config.py."
+    return "\n".join([about, "", f"experiment=NAME, one of: {', '.join(_experiments())}", "", note, "", *lines])
+
+
+def _default(values: Any, name: str) -> Any:
+    for part in name.split("."):
+        values = values[part]
+    return "null" if values is None else values
 
 
 def compose(settings_class: type[Settings], overrides: list[str], check: bool = True) -> Settings:
@@ -160,7 +216,8 @@ def _check(settings_class: type[ExtractSettings], argument: str) -> str:
     if plain == "experiment" or (CONFIGS / plain / f"{value}.yaml").exists():
         return argument
     if plain == "corpus":
-        return f"corpus.sources=[{{path: '{value}'}}]"
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"corpus.sources=[{{path: '{quoted}'}}]"
     section = plain.split(".")[0]
     if section in OWNERS and typing.get_type_hints(settings_class)[section] is Any:
         raise BadInput(
@@ -223,6 +280,11 @@ def setting_names(settings_class: type, prefix: str = "") -> Iterator[str]:
             yield from setting_names(kind, f"{prefix}{name}.")
         else:
             yield prefix + name
+
+
+def _interrupted() -> int:
+    print("\ninterrupted: what is finished is kept; the same command continues.", file=sys.stderr)
+    return EXIT_INTERRUPTED
 
 
 def _report(error: Exception) -> int:

@@ -142,19 +142,29 @@ class ExtractSettings:
         self._check_pairs()
         for hookpoint in [self.hookpoint, *self.hookpoints]:
             block_of(hookpoint)
-        for name, value in [
-            ("corpus.context_length", self.corpus.context_length),
-            ("corpus.min_tokens", self.corpus.min_tokens),
-            ("activations.batch_tokens", self.activations.batch_tokens),
-            ("corpus.tokens_per_shard", self.corpus.tokens_per_shard),
-        ]:
-            if value < 1:
-                raise BadInput(f"{name}={value} must be at least 1.")
+        if not self.hookpoints:
+            raise BadInput("hookpoints=[] names no block. Leave it out, or give a list such as [block10,block20].")
+        self._check_corpus()
+        if self.activations.batch_tokens < 1:
+            raise BadInput(f"activations.batch_tokens={self.activations.batch_tokens} must be at least 1.")
         if self.kept.skip_first_tokens < 0 or self.kept.max_norm_ratio <= 1:
             raise BadInput(
                 f"kept.skip_first_tokens={self.kept.skip_first_tokens} must be >= 0 and "
                 f"kept.max_norm_ratio={self.kept.max_norm_ratio} > 1."
             )
+
+    def _check_corpus(self) -> None:
+        corpus = self.corpus
+        for name in ("num_tokens", "context_length", "min_tokens", "tokens_per_shard"):
+            value = getattr(corpus, name)
+            if value is not None and value < 1:
+                raise BadInput(f"corpus.{name}={value} must be at least 1.")
+        for source in corpus.sources:
+            if not source.share > 0:
+                raise BadInput(
+                    f"corpus.sources: {source.path} has share={source.share}. Give a positive share, or leave the "
+                    f"source out."
+                )
 
     def _check_models(self) -> None:
         for name, model in self.models.items():
@@ -188,8 +198,12 @@ class ExtractSettings:
     @property
     def needed_models(self) -> list[str]:
         """Names of the models of the selected pair, or of all pairs."""
-        pairs = self.pairs if self.pair is None else {self.pair: self.pairs[self.pair]}
-        return list(dict.fromkeys(name for members in pairs.values() for name in members))
+        return list(dict.fromkeys(name for members in self.needed_pairs.values() for name in members))
+
+    @property
+    def needed_pairs(self) -> dict[str, list[str]]:
+        """The selected pair, or all."""
+        return self.pairs if self.pair is None else {self.pair: self.pairs[self.pair]}
 
 
 def block_of(hookpoint: str) -> int:

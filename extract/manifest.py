@@ -37,8 +37,8 @@ class ShardEntry:
 class Manifest:
     """`kind` is "tokens" or "activations"; fields that the other kind lacks are None.
 
-    `settings` decide the content and must agree when work is continued; `provenance` (git commit, package versions) is
-    for the record.
+    `settings` decide the content and must agree when work is continued; `provenance` (git commit, package versions,
+    the composed settings of the command) is for the record.
     """
 
     kind: str
@@ -99,14 +99,15 @@ class Manifest:
         return cls(**values, sha256=recorded)
 
 
-@functools.cache
-def provenance() -> dict:
-    """Git commit of this source tree (with "+" when it has changes) and versions of the packages that shape the
-    numbers.
+def provenance(composed: dict | None = None) -> dict:
+    """Git commit of this source tree (with "+" when it has changes), versions of the packages that shape the numbers,
+    and the composed settings of the command that wrote the result (None where it was no command).
     """
-    return {"git_commit": _git_commit(), "packages": {name: _version(name) for name in PACKAGES}}
+    packages = {name: _version(name) for name in PACKAGES}
+    return {"git_commit": _git_commit(), "packages": packages, "composed": composed}
 
 
+@functools.cache
 def _git_commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     try:

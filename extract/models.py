@@ -5,13 +5,13 @@ Blocks beyond the cut and the head are never built: half a model's depth costs h
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+import transformers
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from extract.config import ModelConfig, block_of
@@ -51,63 +51,80 @@ class CutModel:
 
 def load_tokenizer(name: str, config: ModelConfig) -> Any:
     """The fast tokenizer of model `name`; BadInput if its files are not there."""
-    from transformers import AutoTokenizer
-
     place = model_folder(name, config)
     try:
-        return AutoTokenizer.from_pretrained(place, revision=config.revision)
+        return transformers.AutoTokenizer.from_pretrained(place, revision=config.revision)
     except (OSError, ValueError) as error:
         raise _cannot_load(name, place, "tokenizer", error) from error
 
 
-def load_blocks(name: str, config: ModelConfig, hookpoints: list[str], device: str = "cpu") -> CutModel:
-    """Load model `name` up to the last of `hookpoints`.
-
-    A LoRA adapter is merged in float32 before weights are rounded to the configured dtype.
+def check_model(name: str, config: ModelConfig, hookpoints: list[str]) -> int:
+    """The width D of model `name`, after every check that needs no weights in memory.
 
     Raises:
         BadInput: missing files, a block beyond the model, an adapter that belongs to another model.
     """
+    architecture = _architecture(name, config)
+    num_blocks = architecture.get_text_config().num_hidden_layers
+    if (beyond := max(block_of(hookpoint) for hookpoint in hookpoints)) >= num_blocks:
+        raise BadInput(
+            f"hookpoint=block{beyond} is beyond models.{name}: {config.id} has {num_blocks} blocks, block0 to "
+            f"block{num_blocks - 1}."
+        )
+    place = Path(model_folder(name, config))
+    if place.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in place.iterdir()):
+        raise BadInput(f"models.{name}.id={config.id} holds no weights: there is no .safetensors or .bin file.")
+    if adapter := adapter_folder(name, config):
+        _check_adapter(name, architecture, adapter)
+    return architecture.get_text_config().hidden_size
+
+
+def load_blocks(name: str, config: ModelConfig, hookpoints: list[str], device: str = "cpu") -> CutModel:
+    """Load model `name` up to the last of `hookpoints`; BadInput as in `check_model`, and for damaged weights.
+
+    A LoRA adapter is merged in float32 before weights are rounded to the configured dtype.
+    """
+    check_model(name, config, hookpoints)
     num_wanted = max(block_of(hookpoint) for hookpoint in hookpoints) + 1
     adapter = adapter_folder(name, config)
-    model, num_blocks = _load_cut(name, config, num_wanted, with_head=adapter is not None)
+    model = _load_cut(name, config, num_wanted, with_head=adapter is not None)
     if adapter:  # adapters name their modules from the model with a head
-        model = _merge(name, model, adapter, num_blocks).get_decoder()
+        from peft import PeftModel  # slow to import, and most models need none
+
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().get_decoder()
     model = model.to(device=torch.device(device), dtype=getattr(torch, config.dtype)).eval()
     blocks = _blocks(model, num_wanted)
     return CutModel(model, {hookpoint: blocks[block_of(hookpoint)] for hookpoint in hookpoints}, torch.device(device))
 
 
-def _load_cut(name: str, config: ModelConfig, num_wanted: int, with_head: bool) -> tuple[Any, int]:
-    """The model with its first `num_wanted` blocks, and how many the whole one has."""
-    import transformers
-
+def _architecture(name: str, config: ModelConfig) -> Any:
     place = model_folder(name, config)
+    try:
+        return transformers.AutoConfig.from_pretrained(place, revision=config.revision)
+    except (OSError, ValueError) as error:  # ValueError: an architecture that transformers does not know
+        raise _cannot_load(name, place, "config.json", error) from error
+
+
+def _load_cut(name: str, config: ModelConfig, num_wanted: int, with_head: bool) -> Any:
+    """The model with its first `num_wanted` blocks."""
+    place, architecture = model_folder(name, config), _architecture(name, config)
+    text = architecture.get_text_config()
+    text.num_hidden_layers = num_wanted
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:num_wanted]
     transformers.logging.set_verbosity_error()  # or it reports every weight beyond the cut as unexpected
     transformers.logging.disable_progress_bar()
     loader: Any = transformers.AutoModelForCausalLM if with_head else transformers.AutoModel
     try:
-        architecture = transformers.AutoConfig.from_pretrained(place, revision=config.revision)
-        text = architecture.get_text_config()
-        num_blocks = text.num_hidden_layers
-        if num_wanted > num_blocks:
-            raise BadInput(
-                f"hookpoint=block{num_wanted - 1} is beyond models.{name}: {config.id} has {num_blocks} blocks, "
-                f"block0 to block{num_blocks - 1}."
-            )
-        text.num_hidden_layers = num_wanted
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:num_wanted]
-        model = loader.from_pretrained(
+        return loader.from_pretrained(
             place,
             revision=config.revision,
             config=architecture,
             dtype=torch.float32 if with_head else getattr(torch, config.dtype),
             attn_implementation=config.attention,
         )
-    except OSError as error:
-        raise _cannot_load(name, place, "weights", error) from error
-    return model, num_blocks
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise _cannot_load(name, place, "model", error) from error
 
 
 def model_folder(name: str, config: ModelConfig) -> str:
@@ -149,26 +166,18 @@ def adapter_folder(name: str, config: ModelConfig) -> Path | None:
     return folder
 
 
-def _merge(name: str, model: nn.Module, adapter: Path, num_blocks: int) -> Any:
-    from peft import PeftModel
-
-    _check_adapter(name, model, adapter, num_blocks)
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-
-
-def _check_adapter(name: str, model: nn.Module, adapter: Path, num_blocks: int) -> None:
-    """BadInput unless every LoRA matrix has a module of its name and width (those of blocks beyond the cut: a block of
-    its number).
+def _check_adapter(name: str, architecture: Any, adapter: Path) -> None:
+    """BadInput unless every LoRA matrix has a module of its name and width in the whole model (built without
+    memory).
     """
-    kept_blocks = len(_blocks(model, None))
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+    with torch.device("meta"):
+        modules = dict(transformers.AutoModelForCausalLM.from_config(architecture).named_modules())
+    with _open_adapter(name, adapter) as file:
         for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             path, found, _ = key.removeprefix("base_model.model.").partition(".lora_A")
-            block = re.search(r"\.(\d+)\.", path)
-            if not found or (block and kept_blocks <= int(block[1]) < num_blocks):
+            if not found:
                 continue
-            module = dict(model.named_modules()).get(path)
-            weight = getattr(module, "weight", None)
+            weight = getattr(modules.get(path), "weight", None)
             width = file.get_slice(key).get_shape()[-1]
             if weight is None or width not in weight.shape:
                 there = "has no such module" if weight is None else f"has width {weight.shape[-1]} there"
@@ -178,11 +187,18 @@ def _check_adapter(name: str, model: nn.Module, adapter: Path, num_blocks: int) 
                 )
 
 
-def _blocks(model: nn.Module, expected: int | None) -> nn.ModuleList:
+def _open_adapter(name: str, adapter: Path) -> Any:
+    try:
+        return safe_open(adapter / "adapter_model.safetensors", "pt")
+    except SafetensorError as error:
+        raise _cannot_load(name, str(adapter), "adapter", error) from error
+
+
+def _blocks(model: nn.Module, expected: int) -> nn.ModuleList:
     """The list of transformer blocks: the longest ModuleList, which every decoder of transformers keeps them in."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks = max(lists, key=len, default=nn.ModuleList())
-    if expected is not None and len(blocks) != expected:
+    if len(blocks) != expected:
         raise BadInput(
             f"{type(model).__name__} keeps its {expected} blocks in no ModuleList that could be found; this "
             f"architecture is not supported."

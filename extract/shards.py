@@ -50,8 +50,12 @@ def write_tokens(
     documents: Iterable[TokenDocument],
     settings: dict | None = None,
     tokens_per_shard: int = 1_000_000,
+    composed: dict | None = None,
 ) -> Manifest:
-    """Write documents as `<store>/tokens`, in their order, and return the manifest. Keys are given by position."""
+    """Write documents as `<store>/tokens`, in their order, and return the manifest. Keys are given by position.
+
+    `settings` decide the content; `composed`, the whole configuration, is kept for the record.
+    """
     folder = Path(store) / "tokens"
     settings = {"tokens_per_shard": tokens_per_shard, **(settings or {})}
     start_folder(folder, settings)
@@ -73,7 +77,7 @@ def write_tokens(
         tokens=sum(entry.tokens for entry in entries),
         shards=entries,
         settings=settings,
-        provenance=provenance(),
+        provenance=provenance(composed),
     )
     manifest.write(folder)
     return manifest
@@ -145,27 +149,25 @@ def write_activation_shard(
 
 
 def _check_activations(folder: Path, key: str | None, acts_ND: Tensor, tokens: TokenStore, i: int) -> None:
-    where = f"{folder}: activations of document {tokens.keys[i]} (doc_id {tokens.document(i).doc_id!r})"
+    """BadInput, naming the document, unless these are finite activations of document `i`, one row per token."""
     if key != tokens.keys[i]:
-        raise BadInput(
-            f"{where} are missing: got key {key!r}. Give every token document's activations, in the order of the "
-            f"tokens."
-        )
-    if acts_ND.dim() != 2 or len(acts_ND) != tokens.lengths[i]:
-        raise BadInput(
-            f"{where} have shape {tuple(acts_ND.shape)}, expected ({tokens.lengths[i]}, d_model): one row per token."
-        )
-    if acts_ND.dtype not in SAFETENSORS_DTYPES.values():
-        raise BadInput(f"{where} are {acts_ND.dtype}; store bfloat16, float16 or float32.")
-    if not torch.isfinite(acts_ND).all():
-        raise BadInput(
-            f"{where} are not finite. Try dtype=float32 for this model, or another attention implementation."
-        )
+        wrong = f"are missing: got key {key!r}. Give every token document's activations, in the order of the tokens."
+    elif acts_ND.dim() != 2 or len(acts_ND) != tokens.lengths[i]:
+        shape = tuple(acts_ND.shape)
+        wrong = f"have shape {shape}, expected ({tokens.lengths[i]}, d_model): one row per token."
+    elif acts_ND.dtype not in SAFETENSORS_DTYPES.values():
+        wrong = f"are {acts_ND.dtype}; store bfloat16, float16 or float32."
+    elif not torch.isfinite(acts_ND).all():
+        wrong = "are not finite. Try dtype=float32 for this model, or another attention implementation."
+    else:
+        return
+    doc_id = tokens.document(i).doc_id
+    raise BadInput(f"{folder}: activations of document {tokens.keys[i]} (doc_id {doc_id!r}) {wrong}")
 
 
-def finish_activations(folder: Path, tokens: TokenStore, settings: dict) -> Manifest:
+def finish_activations(folder: Path, tokens: TokenStore, settings: dict, composed: dict | None = None) -> Manifest:
     """Write the manifest of activation shards that are all there: counts and statistics merged in the order of the
-    shards.
+    shards. `settings` and `composed` as in `write_tokens`.
     """
     paths = [shard_path(folder, number) for number in range(len(tokens.manifest.shards))]
     found = [(path, finished_shard(path)) for path in paths]
@@ -182,7 +184,7 @@ def finish_activations(folder: Path, tokens: TokenStore, settings: dict) -> Mani
         tokens=sum(entry.tokens for entry in entries),
         shards=entries,
         settings=settings,
-        provenance=provenance(),
+        provenance=provenance(composed),
         model=settings["model"],
         hookpoint=settings["hookpoint"],
         d_model=len(statistics.sum),

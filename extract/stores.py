@@ -66,7 +66,7 @@ class _Store:
         self.manifest = Manifest.read(self.folder)
         if self.manifest.kind != self.kind:
             raise BadInput(f"{self.folder} holds {self.manifest.kind}, not {self.kind}. Check the path.")
-        self._shards = [MappedShard(self.folder / entry.file, entry.bytes) for entry in self.manifest.shards]
+        self._shards = [MappedShard(self.folder, entry) for entry in self.manifest.shards]
         documents = [shard.index["documents"] for shard in self._shards]
         self._starts = np.cumsum([0] + [len(keys) for keys in documents])
         self.keys = [key for keys in documents for key, _ in keys]

@@ -6,8 +6,10 @@ activation shard i holds, and in which order.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -17,13 +19,11 @@ from tqdm import tqdm
 from extract.archive import start_folder
 from extract.command import run
 from extract.config import CorpusConfig, ExtractSettings
-from extract.corpus import Document, check_source, read_source, source_name
+from extract.corpus import Document, check_encoding, check_source, read_source, source_name
 from extract.errors import BadInput
 from extract.models import load_tokenizer
 from extract.shards import write_tokens
 from extract.stores import TokenDocument, TokenStore
-
-log = logging.getLogger(__name__)
 
 
 def make_tokens(settings: ExtractSettings) -> TokenStore:
@@ -35,16 +35,17 @@ def make_tokens(settings: ExtractSettings) -> TokenStore:
         )
     for source in corpus.sources:
         check_source(source)
-    made_with = {
-        "corpus": asdict(corpus),
-        "models": sorted({settings.models[name].id for name in settings.needed_models}),
-    }
+    tokenizer = study_tokenizer(settings)
+    made_with = {"corpus": asdict(corpus), "tokenizer_sha256": tokenizer_sha256(tokenizer)}
+    if not (folder / "manifest.json").exists():
+        for source in corpus.sources:
+            check_encoding(source)
     start_folder(folder, {"tokens_per_shard": corpus.tokens_per_shard, **made_with})
     if not (folder / "manifest.json").exists():
-        tokenizer = study_tokenizer(settings)
-        write_tokens(settings.store, _progress(mixed(corpus, tokenizer), corpus), made_with, corpus.tokens_per_shard)
+        with closing(_progress(mixed(corpus, tokenizer), corpus)) as documents:  # no bar after an error's line
+            write_tokens(settings.store, documents, made_with, corpus.tokens_per_shard, asdict(settings))
     store = TokenStore(folder)
-    _report(store)
+    print(f"tokens: {store.num_documents:,} documents, {store.num_tokens:,} tokens in {folder}")
     return store
 
 
@@ -55,7 +56,7 @@ def mixed(corpus: CorpusConfig, tokenizer: Any) -> Iterator[TokenDocument]:
     gives exactly its share of them, the last document cut to fit; without, every document comes once.
 
     Raises:
-        BadInput: a source that holds less than its share.
+        BadInput: a source that holds less than its share, or nothing.
     """
     total_share = sum(source.share for source in corpus.sources)
     streams = [encode(corpus, tokenizer, read_source(source)) for source in corpus.sources]
@@ -71,6 +72,11 @@ def mixed(corpus: CorpusConfig, tokenizer: Any) -> Iterator[TokenDocument]:
                 f"corpus source {name} holds {taken[i]} tokens; its share of corpus.num_tokens={corpus.num_tokens} "
                 f"is {budget}. "
                 "Lower num_tokens or its share, or set num_tokens=null."
+            )
+        if document is None and not taken[i]:
+            raise BadInput(
+                f"corpus source {corpus.sources[i].path} holds no document of corpus.min_tokens={corpus.min_tokens} or "
+                f"more tokens. Check the file, or lower min_tokens."
             )
         if document is None:
             open_sources.remove(i)
@@ -155,12 +161,13 @@ def cut(document: TokenDocument, length: int) -> TokenDocument:
 
 def study_tokenizer(settings: ExtractSettings) -> Any:
     """The tokenizer of the study: of the first model that has a chat template (base models often lack one), else of the
-    first.
+    first. All models of the study are asked, whichever pair is selected: every pair reads the same tokens.
 
     Raises:
         BadInput: two models with different vocabularies; their activations could not be compared token by token.
     """
-    names = settings.needed_models
+    places = {(model.id, model.revision, model.gguf): name for name, model in reversed(settings.models.items())}
+    names = [name for name in settings.models if name in places.values()]  # one name for each set of files
     tokenizers = [load_tokenizer(name, settings.models[name]) for name in names]
     vocabulary = tokenizers[0].get_vocab()
     for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True):
@@ -174,19 +181,22 @@ def study_tokenizer(settings: ExtractSettings) -> Any:
     return next((tokenizer for tokenizer in tokenizers if tokenizer.chat_template), tokenizers[0])
 
 
-def _progress(documents: Iterator[TokenDocument], corpus: CorpusConfig) -> Iterator[TokenDocument]:
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash of the vocabulary and the chat template: equal for models that read the same tokens."""
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _progress(documents: Iterator[TokenDocument], corpus: CorpusConfig) -> Generator[TokenDocument, None, None]:
+    """The same documents, counted by a progress bar that ends by saying what each source gave."""
+    given: dict[str, int] = {}
     with tqdm(total=corpus.num_tokens, unit="tok", unit_scale=True, desc="tokens") as bar:
         for document in documents:
             yield document
             bar.update(len(document.token_ids))
-
-
-def _report(store: TokenStore) -> None:
-    shares: dict[str, int] = {}
-    for document in store:
-        shares[document.source] = shares.get(document.source, 0) + len(document.token_ids)
-    listed = ", ".join(f"{name} {tokens / store.num_tokens:.1%}" for name, tokens in shares.items())
-    print(f"tokens: {store.num_documents:,} documents, {store.num_tokens:,} tokens ({listed}) in {store.folder}")
+            given[document.source] = given.get(document.source, 0) + len(document.token_ids)
+    total = sum(given.values())
+    print(f"sources: {', '.join(f'{name} {tokens / total:.1%}' for name, tokens in given.items())}")
 
 
 def main(settings: ExtractSettings) -> None:

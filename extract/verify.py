@@ -35,6 +35,10 @@ def problems(settings: ExtractSettings) -> Iterator[str]:
         sound.append(not found)
     if settings.mode == "full" and sound[0]:
         tokens = TokenStore(folders[0])
+        for i, document in enumerate(tokens):
+            if len(document.token_ids) != tokens.lengths[i]:
+                num = len(document.token_ids)
+                yield f"{tokens.path_of(i)}: document {document.key} has {num} tokens, not {tokens.lengths[i]}."
         for folder, whole in zip(folders[1:], sound[1:], strict=True):
             if whole:
                 yield from _samples(tokens, ActivationStore(folder))

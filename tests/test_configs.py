@@ -1,6 +1,8 @@
 """Every experiment composes, the set of settings is known, every setting is read, and mistakes are named."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,13 @@ def test_mistakes_name_the_nearest_valid_setting(argument: str, message: str):
     experiment = [] if argument.startswith("experiment") else ["experiment=demo/base_simpo"]
     with pytest.raises(BadInput, match=re.escape(message)):
         compose(TrainSettings, [*experiment, argument])
+
+
+def test_every_member_of_a_sweep_is_checked_before_the_first_runs(tmp_path: Path):
+    command = [sys.executable, "-m", "train", "-m", "experiment=demo/base_simpo", f"outputs={tmp_path}"]
+    done = subprocess.run([*command, "crosscoder.k=24,5000"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.startswith("error: crosscoder.k=5000 exceeds") and done.stderr.count("\n") == 1
 
 
 def test_a_section_of_a_later_stage_names_its_command():

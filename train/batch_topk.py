@@ -91,7 +91,9 @@ def _among_largest(score_C: Tensor, num_selected: int) -> Tensor:
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:
-    """The k-th largest value, counted from 1. Beyond MAX_ELEMENTS, blocks are first thinned to their k largest."""
+    """The k-th largest value, counted from 1. Beyond MAX_ELEMENTS, blocks are first thinned to their k largest, as long
+    as k, below half of a block, makes them shrink.
+    """
     while len(values) > MAX_ELEMENTS and k < MAX_ELEMENTS // 2:
         values = torch.cat(
             [block.topk(min(k, len(block)), sorted=False).values for block in values.split(MAX_ELEMENTS)]

@@ -57,13 +57,20 @@ class Checkpoints:
 
         BadInput when it belongs to other settings or data, naming what differs.
         """
+        newest = self.newest()
+        if newest is None:
+            return None
+        log.info("Resuming from %s", newest)
+        values = json.loads((newest / VALUES_FILE).read_text())["values"]
+        return TrainingState(load_file(newest / TENSORS_FILE), values)
+
+    def newest(self) -> Path | None:
+        """The folder of what `load` loads; BadInput as there."""
         complete = self._complete()
         if not complete:
             return None
-        values = json.loads((complete[-1] / VALUES_FILE).read_text())
-        self._check_identity(complete[-1], values["identity"])
-        log.info("Resuming from %s", complete[-1])
-        return TrainingState(load_file(complete[-1] / TENSORS_FILE), values["values"])
+        self._check_identity(complete[-1], json.loads((complete[-1] / VALUES_FILE).read_text())["identity"])
+        return complete[-1]
 
     def _complete(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first; others are named in the log and left alone."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,20 +28,21 @@ class ActivationPairs:
     """The stores of M models over the same documents, and which of their tokens count.
 
     `activation_mean` (M, D) and `activation_scale` (M,) belong to the configured scaling and come from the kept tokens
-    of all documents; `is_heldout` (num_documents,) marks documents that are never trained on.
+    of all documents; `content` holds the content hash of every document; `is_heldout` (num_documents,) marks documents
+    that are never trained on.
     """
 
     models: list[str]
     tokens: TokenStore
     stores: list[ActivationStore]
     kept: KeptTokens
+    content: list[str]
     is_heldout: np.ndarray
     activation_mean: Tensor
     activation_scale: Tensor
 
     def __post_init__(self) -> None:
         self._starts = np.concatenate([[0], np.cumsum(self.tokens.lengths)])
-        self._content = [self.tokens.document(i).content_sha256 for i in range(self.num_documents)]
         self._bytes = [
             [store.document(i).view(torch.uint8).numpy() for i in range(self.num_documents)] for store in self.stores
         ]
@@ -57,12 +59,14 @@ class ActivationPairs:
         stores = [_open_store(settings, model) for model in models]
         _check_stores(tokens, stores)
         kept = keep(stores, tokens.lengths, settings.kept)
-        is_heldout = _heldout(tokens, settings.data.heldout_fraction)
+        content = [document.content_sha256 for document in tokens]
+        is_heldout = _heldout(content, settings.data.heldout_fraction, tokens.folder)
         pairs = cls(
             models,
             tokens,
             stores,
             kept,
+            content,
             is_heldout,
             *scaling(kept.statistics, settings.crosscoder.activation_scaling, models),
         )
@@ -94,7 +98,7 @@ class ActivationPairs:
 
     @property
     def num_train_tokens(self) -> int:
-        return len(self.train_rows())
+        return int(np.count_nonzero(self._is_trained()))
 
     @property
     def content_sha256(self) -> list[str]:
@@ -109,11 +113,14 @@ class ActivationPairs:
 
     def train_rows(self) -> np.ndarray:
         """Rows of the kept tokens of training documents, ascending, int64."""
-        return np.flatnonzero(self.kept.mask & ~np.repeat(self.is_heldout, self.tokens.lengths))
+        return np.flatnonzero(self._is_trained())
+
+    def _is_trained(self) -> np.ndarray:
+        return self.kept.mask & ~np.repeat(self.is_heldout, self.tokens.lengths)
 
     def heldout_rows(self, max_tokens: int | None) -> np.ndarray:
         """Rows of kept held-out tokens, documents in the order of their hashes: the first are a random choice."""
-        documents = sorted(np.flatnonzero(self.is_heldout), key=self._content.__getitem__)
+        documents = sorted(np.flatnonzero(self.is_heldout), key=self.content.__getitem__)
         rows = [np.arange(*self._starts[i : i + 2])[self.kept.mask[slice(*self._starts[i : i + 2])]] for i in documents]
         return np.concatenate(rows)[:max_tokens] if rows else np.empty(0, dtype=np.int64)
 
@@ -209,15 +216,15 @@ def _short(sha256: str | None) -> str:
     return (sha256 or "unknown")[:12]
 
 
-def _heldout(tokens: TokenStore, fraction: float) -> np.ndarray:
+def _heldout(content: list[str], fraction: float, folder: Path) -> np.ndarray:
     """Mask (num_documents,): true where the content hash, read as a number in [0, 1), lies below `fraction`.
 
     Equal text is on one side, whatever its doc_id, order or company.
     """
-    is_heldout = np.array([int(document.content_sha256[:16], 16) < fraction * 2**64 for document in tokens], dtype=bool)
+    is_heldout = np.array([int(sha256[:16], 16) < fraction * 2**64 for sha256 in content], dtype=bool)
     if fraction > 0 and not is_heldout.any():
         raise BadInput(
-            f"data.heldout_fraction={fraction} holds out none of the {len(is_heldout)} documents of {tokens.folder}. "
+            f"data.heldout_fraction={fraction} holds out none of the {len(is_heldout)} documents of {folder}. "
             "Raise it, or set it to 0 to train without validation."
         )
     return is_heldout

@@ -70,7 +70,7 @@ class SingleEngine:
     ):
         self._training, self._seed = settings.training, settings.seed
         self._forward = FORWARDS[settings.training.step]
-        self._device = choose_device(settings.training.device)
+        self._device = choose_device(settings.training.device, "training.device")
         self.crosscoder = Crosscoder(settings.crosscoder, models, d_model, settings.hookpoint)
         self.crosscoder.activation_mean.copy_(activation_mean)
         self.crosscoder.activation_scale.copy_(activation_scale)
@@ -170,8 +170,8 @@ def learning_rate_factor(config: TrainingConfig, step: int) -> float:
     return warmup * decay
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a setting; "auto" is a GPU where there is one."""
+def choose_device(name: str, setting: str) -> torch.device:
+    """The device that `setting` names; "auto" is a GPU where there is one. BadInput for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -179,7 +179,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(
-            f"training.device={name} cannot be used here ({str(error).splitlines()[0]}). Use training.device=auto."
+            f"{setting}={name} cannot be used here ({str(error).splitlines()[0]}). Use {setting}=auto."
         ) from error
     return device
 

@@ -106,7 +106,14 @@ def _transposed(
 
 
 def _csr(row_S: Tensor, column_S: Tensor, value_S: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Sparse matrix from entries sorted by row, with the 32-bit indices that MKL and cuSPARSE take as they are."""
-    ends = torch.bincount(row_S, minlength=shape[0]).cumsum(0)
-    crow = torch.nn.functional.pad(ends, (1, 0)).int()
-    return torch.sparse_csr_tensor(crow, column_S.int(), value_S, shape, check_invariants=False)
+    """Sparse matrix from entries sorted by row."""
+    return sparse_rows(torch.bincount(row_S, minlength=shape[0]), column_S, value_S, shape[1])
+
+
+def sparse_rows(count_R: Tensor, column_S: Tensor, value_S: Tensor, num_columns: int) -> Tensor:
+    """Sparse (R, num_columns) matrix from entries sorted by row, `count_R` in each.
+
+    Its indices have 32 bits, which MKL and cuSPARSE take as they are.
+    """
+    start = torch.nn.functional.pad(count_R.cumsum(0), (1, 0)).int()
+    return torch.sparse_csr_tensor(start, column_S.int(), value_S, (len(count_R), num_columns), check_invariants=False)

@@ -50,18 +50,21 @@ class Run:
 def train(settings: TrainSettings, folder: Path) -> Path:
     """Train the crosscoder of `settings` in the run folder `folder`, or continue there; returns where it lies.
 
-    A finished run is left as it is. SIGINT and SIGTERM finish the step, save a checkpoint and exit with EXIT_STOPPED.
+    A finished run of these settings and data is left as it is. SIGINT and SIGTERM finish the step, save a checkpoint
+    and exit with EXIT_STOPPED.
 
-    Raises BadInput for stores or checkpoints that do not fit, and when training diverges.
+    Raises BadInput for stores that do not fit, a folder of other settings or data, and when training diverges.
     """
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
     crosscoder_folder = folder / "crosscoder"
+    pairs = ActivationPairs.open(settings)
+    checkpoints = _checkpoints(settings, folder, pairs)
     if crosscoder_folder.exists():
+        checkpoints.newest()
         log.info("%s is finished", folder)
         return crosscoder_folder
-    pairs = ActivationPairs.open(settings)
     log.info("%d tokens to train on, %.2f %% of all dropped", pairs.num_train_tokens, 100 * pairs.share_dropped)
-    run = _open_run(settings, folder, pairs)
+    run = _open_run(settings, folder, pairs, checkpoints)
     try:
         finished = fit(run)
     finally:
@@ -144,12 +147,15 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def _open_run(settings: TrainSettings, folder: Path, pairs: ActivationPairs) -> Run:
+def _checkpoints(settings: TrainSettings, folder: Path, pairs: ActivationPairs) -> Checkpoints:
+    identity = {**result_settings(settings), "models": pairs.models, "data": pairs.content_sha256}
+    return Checkpoints(folder / "checkpoints", settings.training.keep_checkpoints, identity)
+
+
+def _open_run(settings: TrainSettings, folder: Path, pairs: ActivationPairs, checkpoints: Checkpoints) -> Run:
     training = settings.training
     engine = SingleEngine(settings, pairs.models, pairs.d_model, pairs.activation_mean, pairs.activation_scale)
     stream = BatchStream(pairs, settings.seed, training.num_tokens_per_step)
-    identity = {**result_settings(settings), "models": pairs.models, "data": pairs.content_sha256}
-    checkpoints = Checkpoints(folder / "checkpoints", training.keep_checkpoints, identity)
     state = checkpoints.load()
     if state is None:
         engine.initialise(stream.batch(0))

@@ -132,6 +132,13 @@ def test_bad_counts_are_named(tmp_path: Path, content: str, problem: str) -> Non
         read_counts(path, load_taxonomy())
 
 
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "counts.csv"
+    path.write_bytes("category,it,dpo\nübrig,1,2\n".encode("latin-1"))
+    with pytest.raises(BadInput, match=r"counts\.csv\) is not UTF-8"):
+        read_counts(path, load_taxonomy())
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"nothing\.csv"):
         read_counts(tmp_path / "nothing.csv", load_taxonomy())

@@ -214,6 +214,15 @@ def test_a_crosscoder_of_other_models(analysed: tuple[AnalysisSettings, Path], t
     assert not (tmp_path / "analysis").exists()
 
 
+def test_a_crosscoder_of_another_hookpoint(analysed: tuple[AnalysisSettings, Path], tmp_path: Path) -> None:
+    crosscoder = crosscoder_for(PLANTED)
+    crosscoder.hookpoint = "block2"
+    crosscoder.save(tmp_path / "crosscoder")
+    with pytest.raises(BadInput, match=r"trained at block2, .*hookpoint=block1"):
+        write_latents(analysed[0], tmp_path / "crosscoder", tmp_path / "analysis")
+    assert not (tmp_path / "analysis").exists()
+
+
 def test_a_crosscoder_without_threshold(analysed: tuple[AnalysisSettings, Path], tmp_path: Path) -> None:
     crosscoder_for(PLANTED, threshold=None).save(tmp_path / "crosscoder")
     with pytest.raises(BadInput, match="threshold_start_step"):

@@ -116,8 +116,9 @@ def test_the_interval_covers_the_truth() -> None:
     for trial in range(40):
         positive = np.arange(160) % 2 == 0
         score = generator.normal(size=160) + positive
+        level = score.argsort().argsort()
         resamples = resampled_weights(np.arange(160), resamples=200, seed=trial)
-        low, high = percentiles(np.array([auroc_of(score, positive, weight) for weight in resamples]), 0.95)
+        low, high = percentiles(np.array([auroc_of(level, positive, weight) for weight in resamples]), 0.95)
         covered += low <= 0.7602 <= high
     assert covered >= 33  # 38 expected; fewer than 33 of 40 would have probability 0.001
 
@@ -156,7 +157,7 @@ def test_choice_prefers_the_lower_latent_on_ties() -> None:
 
 def test_auroc_equals_comparing_all_pairs() -> None:
     generator = np.random.default_rng(2)
-    score, positive = generator.integers(0, 5, size=30).astype(float), generator.random(30) < 0.5
+    score, positive = generator.integers(0, 5, size=30), generator.random(30) < 0.5
     weight = generator.integers(0, 3, size=30).astype(float)
     pairs = [(i, j, weight[i] * weight[j]) for i in np.flatnonzero(positive) for j in np.flatnonzero(~positive)]
     won = sum(w * ((score[i] > score[j]) + 0.5 * (score[i] == score[j])) for i, j, w in pairs)
@@ -174,6 +175,16 @@ def test_maxima_keep_the_wanted_latents(tmp_path: Path) -> None:
         {"latent": 2, "document": 0, "max_activation": 2.0},
         {"latent": 2, "document": 1, "max_activation": 3.0},
     ]
+
+
+def test_maxima_of_many_batches_share_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("analysis.tags.ROWS_PER_GROUP", 4)
+    with open(tmp_path / "maxima.parquet", "wb") as file, MaximaWriter(file, np.array([True])) as writer:
+        for document in range(10):
+            writer.add(DocumentFirings.group(*map(np.array, ([document], [1], [0], [float(document)]))))
+    written = pq.ParquetFile(tmp_path / "maxima.parquet")
+    assert [written.metadata.row_group(i).num_rows for i in range(written.num_row_groups)] == [4, 4, 2]
+    assert written.read()["document"].to_pylist() == list(range(10))
 
 
 def analysed(tmp_path: Path, tag: str = "behaviour") -> tuple[AnalysisSettings, Path]:

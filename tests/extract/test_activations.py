@@ -18,6 +18,7 @@ from extract.activations import extract, length_batches
 from extract.command import compose
 from extract.config import ExtractSettings, ModelConfig
 from extract.errors import BadInput
+from extract.manifest import Manifest
 from extract.models import load_blocks, load_tokenizer
 from extract.stores import ActivationStore
 from extract.tokens import make_tokens
@@ -134,6 +135,55 @@ def test_batches_hold_each_document_once_within_the_budget():
     assert batches[0] == [4]  # longer than the budget: alone
 
 
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (["models.tuned=/no/such/folder"], "is not a folder"),
+        (["models.tuned.adapter=missing_adapter"], "is not a folder"),
+        (["models.tuned.gguf=missing.gguf"], "missing.gguf"),
+        (["hookpoint=block9"], "block9 is beyond"),
+        (["models.tuned=WIDE"], "pairs.base_tuned: its models have different widths .base 16, tuned 32"),
+        (["models.tuned=EMPTY"], "holds no weights"),
+        (["models.tuned.adapter=OTHER"], "belongs to another model"),
+    ],
+)
+def test_a_mistake_in_any_model_is_found_before_any_work_and_can_be_mended(
+    study: list[str], tmp_path: Path, mistake: list[str], message: str
+):
+    """Nothing is written for the sound model either, and the mended command is not refused for the mistake's sake."""
+    tiny.save_model(tmp_path / "WIDE", width=32)
+    (tiny.save_model(tmp_path / "EMPTY") / "model.safetensors").unlink()
+    save_adapter(tmp_path / "WIDE", tmp_path / "OTHER")
+    setting, _, value = mistake[0].partition("=")
+    place = f"{setting}={tmp_path / value}" if (tmp_path / value).exists() else mistake[0]
+    make_tokens(compose(ExtractSettings, study))
+    with pytest.raises(BadInput, match=message):
+        extract(compose(ExtractSettings, [*study, place]))
+    settings = compose(ExtractSettings, study)
+    assert not list(settings.tokens_folder.parent.glob("activations/**/*"))
+    extract(settings)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_damaged_model_files_are_one_clear_error(tmp_path: Path, file: str):
+    model = tiny.save_model(tmp_path / "damaged")
+    (model / file).write_bytes((model / file).read_bytes()[:100])
+    with pytest.raises(BadInput, match="models.base: the .* could not be loaded"):
+        load_blocks("base", ModelConfig(str(model)), ["block1"])
+
+
+def test_an_attention_that_transformers_does_not_know_is_refused(tiny_models: dict[str, Path]):
+    with pytest.raises(BadInput, match="models.base: the model of .* could not be loaded"):
+        load_blocks("base", ModelConfig(str(tiny_models["base"]), attention="egaer"), ["block1"])
+
+
+def test_manifests_hold_the_composed_settings(study: list[str]):
+    settings = run(study)
+    for folder in (settings.tokens_folder, settings.activations_folder("tuned", "block1")):
+        composed = Manifest.read(folder).provenance["composed"]
+        assert composed["corpus"]["tokens_per_shard"] == 500 and composed["composed_from"] == settings.composed_from
+
+
 def test_a_second_run_computes_only_what_is_missing(study: list[str], monkeypatch: pytest.MonkeyPatch):
     settings = run(study)
     folder = settings.activations_folder("tuned", "block1")
@@ -237,3 +287,17 @@ def test_commands_end_with_one_line_for_bad_input(study: list[str]):
         done = subprocess.run([sys.executable, "-m", command, *study, argument], capture_output=True, text=True)
         assert done.returncode == 2
         assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_names_the_experiments_and_the_settings():
+    done = subprocess.run([sys.executable, "-m", "extract.tokens", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "demo/base_simpo" in done.stdout
+    assert "corpus.context_length=1024" in done.stdout and "composed_from" not in done.stdout
+    assert "crosscoder" not in done.stdout.split("experiment=NAME")[1]
+
+
+def test_a_path_that_the_disk_refuses_is_one_line(study: list[str], tmp_path: Path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "extract.tokens", *study, f"store={tmp_path / 'file' / 'store'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Not a directory" in done.stderr and "Traceback" not in done.stderr

@@ -1,3 +1,4 @@
+import errno
 import json
 import tarfile
 from pathlib import Path
@@ -8,7 +9,7 @@ import safetensors.torch
 import torch
 import webdataset
 
-from extract.archive import ShardWriter
+from extract.archive import ShardWriter, start_folder
 from extract.errors import BadInput
 from extract.manifest import Manifest
 from extract.shards import write_activations, write_tokens
@@ -101,10 +102,27 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_names_the_shard_and_leaves_no_partial(tmp_path: Path):
+    """/dev/full refuses what is buffered, so the error comes from closing."""
+    writer = ShardWriter(tmp_path, 0)
+    with pytest.raises(OSError, match="shard-00000.tar") as raised, writer:
+        writer._file.close()
+        writer._file = open("/dev/full", "wb")  # noqa: SIM115 (the writer closes it)
+        writer.add("0", {"json": b"{}"}, 1)
+    assert raised.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+
+
 def test_truncated_shard_is_named(store: Path):
     shard = store / "tokens/shard-00001.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
     with pytest.raises(BadInput, match=r"shard-00001.tar has \d+ bytes"):
+        TokenStore(store / "tokens")
+
+
+def test_altered_index_is_named(store: Path):
+    index = store / "tokens/shard-00001.index"
+    index.write_text(index.read_text().replace("000000003", "000000009"))
+    with pytest.raises(BadInput, match="shard-00001.index was altered"):
         TokenStore(store / "tokens")
 
 
@@ -137,6 +155,14 @@ def test_activations_that_do_not_fit_the_tokens_are_refused(tmp_path: Path, chan
 def test_a_folder_of_other_settings_is_refused(store: Path):
     with pytest.raises(BadInput, match="tokens_per_shard: 15 there, 99 now"):
         write_tokens(store, documents(), tokens_per_shard=99)
+
+
+def test_settings_that_no_shard_was_made_with_are_replaced(tmp_path: Path):
+    start_folder(tmp_path, {"model": "misspelt"})
+    start_folder(tmp_path, {"model": {"id": "right", "dtype": "float32"}, "sizes": [1, 2]})
+    (tmp_path / "shard-00000.tar").touch()
+    with pytest.raises(BadInput, match=r"settings \(model.id: 'right' there, 'other' now; sizes.1: 2 there, 3 now\)"):
+        start_folder(tmp_path, {"model": {"id": "other", "dtype": "float32"}, "sizes": [1, 3]})
 
 
 def test_no_documents(tmp_path: Path):

@@ -106,6 +106,42 @@ def test_a_path_that_leads_nowhere_is_refused(path: str):
         check_source(SourceConfig(path))
 
 
+def test_text_that_is_not_utf8_is_found_before_anything_is_written(study: list[str], tmp_path: Path):
+    good = b'{"text": "long enough to be kept"}\n' * 100
+    path = tmp_path / "late.jsonl"
+    path.write_bytes(good + b'{"text": "caf\xe9"}\n')
+    with pytest.raises(BadInput, match="late.jsonl, line 101 is not UTF-8"):
+        make_tokens(compose(ExtractSettings, [*study, f"corpus={path}"]))
+    path.write_bytes(good)
+    assert make_tokens(compose(ExtractSettings, [*study, f"corpus={path}"])).num_documents == 100
+
+
+def test_a_source_without_documents_is_named(study: list[str], tmp_path: Path, corpus_file: Path):
+    blank = tmp_path / "blank.jsonl"
+    blank.write_text("\n\n")
+    sources = f"corpus.sources=[{{path: '{corpus_file}'}}, {{path: '{blank}'}}]"
+    with pytest.raises(BadInput, match="blank.jsonl holds no document"):
+        make_tokens(compose(ExtractSettings, [*study, sources]))
+
+
+def test_a_model_can_join_a_study_whose_tokens_exist(study: list[str], tmp_path: Path):
+    before = make_tokens(compose(ExtractSettings, study))
+    third = tiny.save_model(tmp_path / "third", seed=7)
+    after = make_tokens(compose(ExtractSettings, [*study, f"models.tuned={third}"]))
+    assert after.manifest.content_sha256() == before.manifest.content_sha256()
+
+
+@pytest.mark.parametrize("setting", ["num_tokens=0", "context_length=0", "sources=[{path: x.jsonl, share: 0}]"])
+def test_numbers_that_make_no_corpus_are_refused(study: list[str], setting: str):
+    with pytest.raises(BadInput, match="corpus"):
+        compose(ExtractSettings, [*study, f"corpus.{setting}"])
+
+
+def test_a_quote_in_the_name_of_a_corpus(tmp_path: Path):
+    settings = compose(ExtractSettings, ["experiment=demo", "corpus=it's here.jsonl"])
+    assert settings.corpus.sources[0].path == "it's here.jsonl"
+
+
 def test_an_empty_file_is_refused(tmp_path: Path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(BadInput, match="is empty"):

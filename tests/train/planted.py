@@ -56,7 +56,7 @@ def settings_of(folder: Path) -> TrainSettings:
         outputs=str(folder),
         store=str(folder / "store"),
         crosscoder=CrosscoderConfig(
-            num_latents=32, k=3, dead_after_tokens=200, threshold_start_step=5, threshold_decay=0.9, dedicated=0.125
+            num_latents=32, k=3, dead_after_tokens=192, threshold_start_step=5, threshold_decay=0.9, dedicated=0.125
         ),
         training=TrainingConfig(
             num_tokens=32 * 24,

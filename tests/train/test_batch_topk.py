@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train import batch_topk
 from train.batch_topk import select
@@ -52,6 +53,30 @@ def test_blocks_of_any_size_give_the_same(monkeypatch, block):
     monkeypatch.setattr(batch_topk, "MAX_ELEMENTS", block)
     for num_selected in (1, 3, 30):
         assert places(select(scores, num_selected)) == sorted_selection(scores, num_selected)
+
+
+class LargestInput(TorchDispatchMode):
+    """Records the largest tensor that operators with a limit of 2^31 elements are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = {torch.ops.aten.topk.default: 0, torch.ops.aten.nonzero.default: 0}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator in self.largest:
+            self.largest[operator] = max(self.largest[operator], args[0].numel())
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scores", [torch.randn(50, 60), torch.ones(50, 60)])
+def test_no_operator_gets_more_elements_than_it_can_count(monkeypatch, scores):
+    """With equal scores all 3000 are candidates."""
+    monkeypatch.setattr(batch_topk, "MAX_ELEMENTS", 256)
+    monkeypatch.setattr(batch_topk, "SAMPLE_SIZE", 200)
+    with LargestInput() as seen:
+        selection = select(scores, 20)
+    assert places(selection) == sorted_selection(scores, 20)
+    assert all(0 < largest <= 256 for largest in seen.largest.values())
 
 
 @pytest.mark.parametrize("sample_size", [1, 10, 100, 5000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.config import CrosscoderConfig
 from train.crosscoder import Crosscoder
@@ -99,6 +100,30 @@ def test_more_wanted_than_positive():
 def test_all_latents_dead_and_more_than_auxk_takes():
     crosscoder, x_BMD = small(auxk_alpha=0.5)
     assert_equal_steps(crosscoder, x_BMD, 32, torch.ones(30, dtype=torch.bool), 1e-12)
+
+
+class LargestResult(TorchDispatchMode):
+    """Records the largest dense tensor that any operator makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def test_no_temporary_holds_a_vector_for_every_selected_code():
+    """Of B = 64 tokens, L = 50 latents, W = 80 and S = 1280 codes, S * W would be 102,400."""
+    generator = torch.Generator().manual_seed(0)
+    crosscoder = crosscoder_of(generator, 2, 40, CrosscoderConfig(num_latents=50, k=20), torch.float32)
+    x_BMD = torch.randn(64, 2, 40, generator=generator)
+    with LargestResult() as seen:
+        forward, _, _ = step(sparse_forward, crosscoder, x_BMD, 20 * 64, torch.arange(50) < 10)
+    assert len(forward.score_S) == 1280
+    assert seen.largest == 64 * 80  # the batch itself, larger than the weights and the codes
 
 
 def test_dedicated_rows_get_no_gradient():

@@ -7,8 +7,9 @@ from copy import deepcopy
 import pytest
 from planted import settings_of
 
+from extract.config import KeptConfig
 from extract.errors import BadInput
-from train.config import TrainSettings
+from train.config import CrosscoderConfig, DataConfig, TrainingConfig, TrainSettings
 from train.runs import run_folder, run_name, selected_pair
 
 WRONG = [
@@ -48,6 +49,19 @@ def change(settings: TrainSettings, name: str, value: object) -> TrainSettings:
 
 def test_the_settings_of_the_tests_are_valid(tmp_path):
     settings_of(tmp_path).check()
+
+
+def test_the_defaults_are_those_of_the_method():
+    """arXiv 2504.02922 and 2412.06410: norms not squared, exact norms of the two decoders, the published clocks."""
+    crosscoder, training = CrosscoderConfig(), TrainingConfig()
+    assert (crosscoder.code_normalization, crosscoder.loss, crosscoder.init) == ("crosscoder", "norm", "same")
+    assert (crosscoder.auxk_alpha, crosscoder.dead_after_tokens) == (1 / 32, 10_000_000)
+    assert (crosscoder.threshold_start_step, crosscoder.threshold_decay) == (1000, 0.999)
+    assert (crosscoder.dedicated, crosscoder.delta_weight, crosscoder.activation_scaling) == (0, 0, "norm")
+    assert (training.num_tokens_per_step, training.lr, training.adam_betas) == (2048, 1e-4, [0.9, 0.999])
+    assert (training.warmup_steps, training.decay_fraction, training.max_grad_norm) == (1000, 0, 1.0)
+    assert DataConfig().heldout_fraction == 0.05
+    assert (KeptConfig().skip_first_tokens, KeptConfig().max_norm_ratio) == (1, 10)
 
 
 @pytest.mark.parametrize(("name", "value", "message"), WRONG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,23 @@ def test_a_finished_run_is_not_redone(finished):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert train(settings_of(finished), run) == run / "crosscoder"
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_finished_run_of_other_settings_is_refused(finished):
+    settings = settings_of(finished)
+    settings.crosscoder.k = 4
+    with pytest.raises(BadInput, match="crosscoder.k: 3 there, 4 now"):
+        train(settings, finished / "runs" / "whole")
+
+
+def test_a_finished_run_on_other_data_is_refused(tmp_path):
+    random_store(tmp_path / "store")
+    settings = settings_of(tmp_path)
+    train(settings, tmp_path / "run")
+    shutil.rmtree(tmp_path / "store")
+    random_store(tmp_path / "store", seed=1)
+    with pytest.raises(BadInput, match="other settings or data.*data: "):
+        train(settings, tmp_path / "run")
 
 
 @pytest.mark.parametrize("at", [3, 12])
