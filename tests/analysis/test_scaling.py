@@ -121,6 +121,36 @@ def test_owners_of_planted_latents() -> None:
     assert nu_error[1, 1, 0].item() == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize(
+    ("delta", "nu_error", "nu_reconstruction", "dedicated", "expected"),
+    [
+        (0.91, 0.19, 0.49, -1, "it"),
+        (0.91, -0.19, -0.49, -1, "it"),
+        (0.91, -0.21, 0.0, -1, "other"),  # an opposite use is a use
+        (0.91, 0.0, -0.51, -1, "other"),
+        (0.91, np.nan, 0.0, -1, "other"),
+        (0.91, 0.0, np.nan, -1, "other"),
+        (0.9, 0.0, 0.0, -1, "other"),
+        (0.1, 0.0, 0.0, -1, "other"),
+        (0.09, 0.0, 0.0, -1, "pt"),
+        (0.4, 1.0, 1.0, -1, "shared"),
+        (0.6, 1.0, 1.0, -1, "shared"),
+        (0.61, 0.0, 0.0, -1, "other"),
+        (0.5, 1.0, 1.0, 1, "other"),  # never `shared`: a dedicated latent was given to one model
+        (1.0, 0.19, -0.74, 1, "it"),
+        (1.0, 0.0, -0.76, 1, "other"),
+        (1.0, -0.21, 0.0, 1, "other"),
+    ],
+)
+def test_owners_at_the_limits(
+    delta: float, nu_error: float, nu_reconstruction: float, dedicated: int, expected: str
+) -> None:
+    deltas = np.array([[[0.5, delta], [1 - delta, 0.5]]])
+    nus = (np.full((1, 2, 2), value) for value in (nu_error, nu_reconstruction))
+    found = owners(deltas, *nus, np.array([True]), np.array([dedicated]), ["pt", "it"], OwnerConfig())
+    assert found.tolist() == [expected]
+
+
 def test_decoupled_twins_are_not_owned() -> None:
     """One direction has two latents that always fire together, one a model: nu_reconstruction is 1, nu_error 0."""
     acts_BL = torch.tensor([[2.0, 2.0]], dtype=torch.float64)

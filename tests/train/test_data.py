@@ -164,6 +164,15 @@ def test_held_out_batches_cover_held_out_tokens_once(pairs):
     assert sum(len(batch) for batch in heldout_batches(pairs, 16, 40)) == 40
 
 
+def test_a_limit_takes_held_out_documents_in_the_order_of_their_hashes(pairs):
+    """Not the first of the store, which may all come from one source."""
+    by_hash = sorted((pairs.tokens.document(i).content_sha256, i) for i in np.flatnonzero(pairs.is_heldout))
+    starts = np.cumsum(pairs.tokens.lengths) - pairs.tokens.lengths
+    expected = [starts[i] + t for _, i in by_hash for t in np.flatnonzero(pairs.document(i)[1].numpy())]
+    assert [i for _, i in by_hash] != sorted(i for _, i in by_hash)
+    assert pairs.heldout_rows(25).tolist() == expected[:25]
+
+
 def test_no_held_out_documents_on_request(folder):
     settings = settings_of(folder)
     settings.data.heldout_fraction = 0.0
