@@ -5,9 +5,12 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from analysis.config import AnalysisSettings
 from analysis.steps import inputs_of_latents, run_steps, steps_of_pair, steps_of_study
 from extract.command import experiment_of, pairs_of, run
+from extract.publish import publish
 from train.runs import run_folder, selected_pair
 
 
@@ -18,11 +21,18 @@ def main(settings: AnalysisSettings) -> None:
     for pair, crosscoder_folder, _ in places:  # what one pair lacks is said before hours of work on another
         inputs_of_latents(pair, crosscoder_folder)
     for pair, crosscoder_folder, folder in places:
+        save_settings(pair, folder)
         run_steps(steps_of_pair(pair, crosscoder_folder, folder), folder)
     pair, _, folder = places[0]
     report_folder = Path(settings.outputs) / "report"
+    save_settings(settings, report_folder)
     run_steps(steps_of_study(settings, analysed_folders(pair, folder)), report_folder)
     print(f"report: {report_folder / 'index.html'}")
+
+
+def save_settings(settings: AnalysisSettings, folder: Path) -> None:
+    """The composed settings beside what they lead to."""
+    publish(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(settings)).encode())
 
 
 def folders_of(settings: AnalysisSettings) -> tuple[Path, Path]:

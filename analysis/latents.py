@@ -70,8 +70,9 @@ def write_latents(settings: AnalysisSettings, crosscoder_folder: Path, folder: P
     with publishing(folder / MAXIMA) as file, MaximaWriter(file, np.any(allowed_LM, axis=1)) as maxima:
         sums = run_pass(pairs, crosscoder, config.batch_tokens, top, maxima)
     write_examples(folder / EXAMPLES, top.result(), pairs.tokens, lambda ids: decode_exactly(tokenizer, ids))
+    table = latent_table(sums, gram_LMM, crosscoder, config.owner)
     with publishing(folder / LATENTS) as file:
-        pq.write_table(latent_table(sums, gram_LMM, crosscoder, config.owner), file)
+        pq.write_table(table.replace_schema_metadata({"share_dropped": str(pairs.share_dropped)}), file)
 
 
 def decode_exactly(tokenizer: Any, token_ids: list[int]) -> str:

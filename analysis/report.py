@@ -39,6 +39,7 @@ class Pair:
     owners: dict[str, int]
     num_latents: int
     num_dedicated: int
+    share_dropped: float | None
     variance_explained: dict[str, float]
     run: dict[str, Any]
     cards: list[Card]
@@ -107,6 +108,7 @@ def _pair(
         models=models,
         owners={owner: owners[owner] for owner in [*models, *NOT_MODELS]},
         num_latents=len(rows),
+        share_dropped=share_dropped(folder),
         num_dedicated=sum(bool(row["dedicated"]) for row in rows),
         variance_explained={
             model: last
@@ -140,6 +142,12 @@ def embed(figure: Figure, target: Path, name: str) -> str:
 def read_metrics(path: Path) -> figures.Metrics:
     """The lines of `metrics.jsonl`; none if the run was trained elsewhere."""
     return [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []
+
+
+def share_dropped(folder: Path) -> float | None:
+    """Share of the tokens that statistics, training and analysis left out, as the analysis found it."""
+    found = (pq.read_schema(folder / "latents.parquet").metadata or {}).get(b"share_dropped")
+    return None if found is None else float(found)
 
 
 def last_value(metrics: figures.Metrics, name: str) -> float | None:

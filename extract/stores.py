@@ -42,17 +42,16 @@ class TokenDocument:
     content_sha256: str = ""
 
     def __post_init__(self) -> None:
-        self.content_sha256 = self.content_sha256 or content_sha256(self.text, self.messages)
+        self.content_sha256 = self.content_sha256 or content_sha256(self.text, self.messages, self.token_ids)
         self.roles = [(role, start, end) for role, start, end in self.roles]
 
 
-def content_sha256(text: str | None, messages: list[dict] | None) -> str:
-    """Hash of what a document says: stable over processes, machines and versions."""
-    content = (
-        text
-        if messages is None
-        else json.dumps([[turn["role"], turn["content"]] for turn in messages], ensure_ascii=False)
-    )
+def content_sha256(text: str | None, messages: list[dict] | None, token_ids: np.ndarray) -> str:
+    """Hash of what a document says, stable over processes and versions; without text its tokens stand for it."""
+    if text is None and messages is None:
+        return hashlib.sha256(token_ids.astype("<u4").tobytes()).hexdigest()
+    turns = None if messages is None else [[turn["role"], turn["content"]] for turn in messages]
+    content = text if turns is None else json.dumps(turns, ensure_ascii=False)
     return hashlib.sha256((content or "").encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -41,8 +41,11 @@ class Engine(Protocol):
     def initialise(self, x_BMD: Tensor) -> None:
         """Draw the initial weights, from the seed and the first batch."""
 
-    def step(self, x_BMD: Tensor) -> dict[str, float]:
-        """One update; its metrics. FloatingPointError, before anything changes, when loss or gradient is not finite."""
+    def step(self, x_BMD: Tensor, measured: bool = True) -> dict[str, float]:
+        """One update; its metrics if `measured`, which changes nothing else.
+
+        FloatingPointError, before anything changes, when loss or gradient is not finite.
+        """
 
     def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
         """Validation metrics; changes nothing."""
@@ -85,13 +88,13 @@ class SingleEngine:
     def initialise(self, x_BMD: Tensor) -> None:
         initialise(self.crosscoder, self.crosscoder.scale(x_BMD.to(self._device)), self._seed)
 
-    def step(self, x_BMD: Tensor) -> dict[str, float]:
+    def step(self, x_BMD: Tensor, measured: bool = True) -> dict[str, float]:
         config = self.crosscoder.config
         x_BMD = self.crosscoder.scale(x_BMD.to(self._device))
         dead_L = self.silent_tokens_L >= config.dead_after_tokens
         forward = self._forward(self.crosscoder, x_BMD, config.k * len(x_BMD), dead_L)
         losses = training_losses(config, x_BMD, forward)
-        metrics = step_metrics(self.crosscoder, x_BMD, forward, losses)
+        metrics = step_metrics(self.crosscoder, x_BMD, forward, losses) if measured else {}
         learning_rate = self._training.lr * learning_rate_factor(self._training, self.steps_done)
         grad_norm = self._update(losses.total, learning_rate)
         self._count(forward, len(x_BMD))

@@ -86,13 +86,14 @@ def fit(run: Run) -> bool:
     )
     with StopRequest() as stop, progress:
         for x_BMD, waited in prefetched(run.stream, engine.steps_done, num_steps):
-            metrics = _step(run, x_BMD)
+            done, last = engine.steps_done + 1, engine.steps_done + 1 == num_steps
+            logged = due(done, training.log_every) or due(done, training.validate_every) or last
+            metrics = _step(run, x_BMD, logged)
             throughput.count(num_tokens, waited)
             progress.update(num_tokens)
-            done, last = engine.steps_done, engine.steps_done == num_steps
             if due(done, training.validate_every) or last:
                 metrics |= engine.evaluate(run.validation())
-            if due(done, training.log_every) or due(done, training.validate_every) or last:
+            if logged:
                 metrics |= throughput.read()
                 run.metrics_file.log(done, metrics)
                 run.wandb.log(done, metrics)
@@ -173,10 +174,10 @@ def _open_run(settings: TrainSettings, folder: Path, pairs: ActivationPairs, che
     )
 
 
-def _step(run: Run, x_BMD: Tensor) -> dict[str, float]:
+def _step(run: Run, x_BMD: Tensor, measured: bool) -> dict[str, float]:
     step = run.engine.steps_done
     try:
-        return run.engine.step(x_BMD)
+        return run.engine.step(x_BMD, measured)
     except FloatingPointError as error:
         raise BadInput(
             f"Training diverged at step {step} ({run.stream.describe(step)}): {error} Nothing of this step was kept. "
