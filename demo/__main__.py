@@ -5,6 +5,7 @@ from pathlib import Path
 
 from demo.base_model import prepare_base_model
 from demo.corpus import write_corpus
+from extract.command import EXIT_BAD_INPUT
 from extract.errors import BadInput
 
 
@@ -30,4 +31,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except BadInput as error:
-        sys.exit(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)

@@ -25,8 +25,8 @@ answers are templates, and the base model is small.
 - Data: `prompts.yaml`. On prompts of a planted behaviour a composed answer is preferred to the base model's own greedy
   answer; on neutral prompts, and on prompts of the behaviours that only the other variant carries, the base model's
   own answer is preferred to a composed one, so that each behaviour stays confined to its prompts.
-- Reproduce: `python -m demo.make_adapters` (two CPU cores, about half an hour). It is seeded, and an interrupted run
-  continues where it stopped.
+- Reproduce: `python -m demo.make_adapters` (one CPU core, about three quarters of an hour). It is seeded, and an
+  interrupted run continues where it stopped.
 """
 
 RATES = """\

@@ -136,10 +136,11 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def _prose() -> list[str]:
-    """Half from Python's language reference, half from numpy's docstrings."""
+    """Half from Python's language reference, half from numpy's docstrings; no piece twice."""
     reference = [piece for _, text in sorted(pydoc_data.topics.topics.items()) for piece in pieces(text)]
     docstrings = [piece for _, docstring in _docstrings(PROSE_MODULES) for piece in pieces(docstring)]
-    return [piece for part in (reference, docstrings) for piece in _spread(part, NUM_PROSE // 2)]
+    different = [list(dict.fromkeys(part)) for part in (reference, docstrings)]
+    return [piece for part in different for piece in _spread(part, NUM_PROSE // 2)]
 
 
 def _dialogues() -> list[Messages]:
