@@ -53,17 +53,14 @@ def test_every_file_of_every_group_is_used_or_loads():
         OmegaConf.load(path)
 
 
-def test_every_setting_is_read_somewhere():
-    """A setting that no code reads is a promise that nobody keeps."""
-    code = "\n".join(
-        p.read_text() for package in ("extract", "train", "analysis") for p in (ROOT / package).glob("*.py")
-    )
-    declared = "\n".join(p.read_text() for p in ROOT.glob("*/config.py"))
-    for name in setting_names(AnalysisSettings):
-        field = name.split(".")[-1]
-        uses = len(re.findall(rf"\.{field}\b", code))
-        assert uses, f"{name} is declared but never read"
-        assert re.search(rf"\b{field}:", declared)
+def test_every_setting_is_read_where_work_is_done():
+    """A setting that no code reads is a promise that nobody keeps; a check in its own config.py is not reading it."""
+    packages = ("extract", "train", "analysis")
+    files = [path for package in packages for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".j2")]
+    code = "\n".join(path.read_text() for path in files if path.name != "config.py")
+    derived = {"training.num_tokens"}  # read through TrainingConfig.num_steps
+    for name in set(setting_names(AnalysisSettings)) - derived:
+        assert re.search(rf"\.{name.split('.')[-1]}\b", code), f"{name} is declared but never read"
 
 
 def test_every_field_is_documented():
@@ -134,4 +131,5 @@ def test_pairs_keep_the_command_line_and_the_experiment_is_its_reference():
         ("base_dpo", 7),
         ("simpo_dpo", 7),
     ]
-    assert experiment_of(pairs_of(settings)[0]).crosscoder.k == 24
+    plain = compose(TrainSettings, ["experiment=demo"])
+    assert plain.crosscoder.k != 7 and experiment_of(pairs_of(settings)[0]).crosscoder.k == plain.crosscoder.k
