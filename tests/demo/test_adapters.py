@@ -64,7 +64,7 @@ def test_carried_behaviours_occur_and_others_hardly_do() -> None:
     elsewhere = count_rates(BEHAVIOURS, read_answers(ANSWERS_FILE), on_own_prompts=False)
     for (name, model), rate in own.items():
         share = rate.count / rate.total
-        assert share >= 0.8 if model in BEHAVIOURS[name].carried_by else share <= 0.2, (name, model, rate)
+        assert share > 0.6 if model in BEHAVIOURS[name].carried_by else share <= 0.2, (name, model, rate)
     for key, rate in elsewhere.items():
         assert rate.count <= 0.1 * rate.total, (key, rate)
 
