@@ -33,7 +33,8 @@ RATES = """\
 ## How often each behaviour occurs
 
 Greedy answers of at most {max_new_tokens} tokens to held-out prompts, whose wording and topics occur in no tuning
-prompt; counts with the 95 % Wilson interval. Bold: the variant was tuned to show the behaviour.
+prompt; counts with the 95 % Wilson interval. Bold: the variant was tuned to show the behaviour. After a first look at
+these rates the tuning prompts and answers were reworked once, so the held-out prompts are no longer wholly blind.
 
 """
 

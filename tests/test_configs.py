@@ -15,9 +15,8 @@ from extract.errors import BadInput
 from train.config import TrainSettings
 
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = sorted(
-    str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in CONFIGS.rglob("experiment/**/*.yaml")
-)
+FOLDER = CONFIGS / "experiment"
+EXPERIMENTS = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.yaml"))
 OWN_MODELS = ["models.base=a/b", "models.tuned=c/d", "corpus=some.jsonl"]
 
 
@@ -48,9 +47,17 @@ def test_the_papers_settings():
     assert settings.crosscoder.auxk_alpha == 1 / 32 and settings.crosscoder.dead_after_tokens == 10_000_000
 
 
-def test_every_file_of_every_group_is_used_or_loads():
-    for path in CONFIGS.rglob("*.yaml"):
-        OmegaConf.load(path)
+def test_every_file_of_every_group_is_part_of_an_experiment():
+    chosen = [CONFIGS / "config.yaml", *FOLDER.rglob("*.yaml")]
+    defaults = [OmegaConf.to_container(OmegaConf.load(path)).get("defaults", []) for path in chosen]
+    used = {(key.split("/")[-1].split("@")[0], name) for entries in defaults for key, name in _choices(entries)}
+    groups = [path for path in CONFIGS.glob("*/*.yaml") if path.parent != FOLDER]
+    assert groups and {(path.parent.name, path.stem) for path in groups} <= used
+
+
+def _choices(defaults: list) -> list[tuple[str, str]]:
+    """(group, option) of the entries of a defaults list; `override /corpus: x` chooses from the group corpus."""
+    return [(str(key), str(entry[key])) for entry in defaults if not isinstance(entry, str) for key in entry]
 
 
 def test_every_setting_is_read_where_work_is_done():
