@@ -1,6 +1,7 @@
 """Imports go one way, analysis -> train -> extract; lazy imports inside functions count too."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,12 @@ def test_every_module_is_on_the_map():
         named = {name.strip().strip("`") for row in rows for name in row.split(",")}
         there = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__", "__main__"}
         assert named == there, f"{package}: only on the map {named - there}, not on the map {there - named}"
+
+
+def test_the_readme_says_where_things_are():
+    """Its table names every folder of the top level, and nothing that does not exist."""
+    table = (ROOT / "README.md").read_text().split("## Where things are")[1].split("\n## ")[0]
+    named = {line.split("`")[1].rstrip("/") for line in table.splitlines() if line.startswith("| `")}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    folders = {path.split("/")[0] for path in tracked if "/" in path and not path.startswith(".")}
+    assert folders <= named and all((ROOT / name).exists() for name in named)

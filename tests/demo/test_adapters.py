@@ -59,12 +59,17 @@ def test_every_model_answered_every_held_out_prompt_once() -> None:
     assert [(a.model, a.behaviour, a.prompt) for a in read_answers(ANSWERS_FILE)] == expected
 
 
+# Planted, but shown on fewer than 80 % of held-out prompts by the adapters as they are; better ones must empty this.
+SHORT = {("numbered_steps", "dpo"), ("prompt_language", "dpo"), ("ask_back", "simpo")}
+
+
 def test_carried_behaviours_occur_and_others_hardly_do() -> None:
     own = count_rates(BEHAVIOURS, read_answers(ANSWERS_FILE), on_own_prompts=True)
     elsewhere = count_rates(BEHAVIOURS, read_answers(ANSWERS_FILE), on_own_prompts=False)
     for (name, model), rate in own.items():
-        share = rate.count / rate.total
-        assert share > 0.6 if model in BEHAVIOURS[name].carried_by else share <= 0.2, (name, model, rate)
+        share, carried = rate.count / rate.total, model in BEHAVIOURS[name].carried_by
+        assert share > 0.6 if carried else share <= 0.2, (name, model, rate)
+        assert not carried or (share < 0.8) == ((name, model) in SHORT), (name, model, rate)
     for key, rate in elsewhere.items():
         assert rate.count <= 0.1 * rate.total, (key, rate)
 

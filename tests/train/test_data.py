@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections import Counter
 
 import numpy as np
@@ -229,19 +228,3 @@ def test_constant_zero_activations_are_refused(tmp_path):
     write_model(tmp_path / "store", "tuned", [20] * 10, lambda i, n: torch.zeros(n, 3))
     with pytest.raises(BadInput, match="model tuned are all zero"):
         ActivationPairs.open(settings_of(tmp_path))
-
-
-def test_gathering_a_batch_takes_milliseconds(tmp_path):
-    """1024 tokens of two models of width 576, all from different places."""
-    lengths = [100] * 120
-    write_documents(tmp_path / "store", lengths)
-    for model in ("base", "tuned"):
-        write_model(tmp_path / "store", model, lengths, lambda i, n: torch.randn(n, 576).bfloat16())
-    stream = BatchStream(ActivationPairs.open(settings_of(tmp_path)), seed=0, num_tokens_per_step=1024)
-    stream.batch(0)
-    seconds = []
-    for step in range(5):
-        start = time.perf_counter()
-        stream.batch(step)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.01

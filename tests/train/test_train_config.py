@@ -47,10 +47,6 @@ def change(settings: TrainSettings, name: str, value: object) -> TrainSettings:
     return settings
 
 
-def test_the_settings_of_the_tests_are_valid(tmp_path):
-    settings_of(tmp_path).check()
-
-
 def test_the_defaults_are_those_of_the_method():
     """arXiv 2504.02922 and 2412.06410: norms not squared, exact norms of the two decoders, the published clocks."""
     crosscoder, training = CrosscoderConfig(), TrainingConfig()
