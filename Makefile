@@ -30,8 +30,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The last two measure on what `make demo` left.
 bench: $(INSTALLED)
-	set -e; for file in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py); done
+	set -e; for name in step select writing; do $(BIN)/python -m benchmarks.bench_$$name; done
+	$(BIN)/python -m benchmarks.bench_extract experiment=demo outputs=$(OUTPUTS)
+	$(BIN)/python -m benchmarks.bench_codecs experiment=demo/base_simpo outputs=$(OUTPUTS)
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt demo/requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from extract.interrupts import one_line_interrupts
 
-from analysis.config import AnalysisSettings
-from analysis.steps import inputs_of_latents, run_steps, steps_of_pair, steps_of_study
-from extract.command import experiment_of, pairs_of, run
-from extract.publish import publish
-from train.runs import run_folder, selected_pair
+with one_line_interrupts():
+    from omegaconf import OmegaConf
+
+    from analysis.config import AnalysisSettings
+    from analysis.steps import inputs_of_latents, run_steps, steps_of_pair, steps_of_study
+    from extract.command import experiment_of, pairs_of, run
+    from extract.publish import publish
+    from train.runs import run_folder, selected_pair
 
 
 def main(settings: AnalysisSettings) -> None:

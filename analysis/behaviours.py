@@ -1,17 +1,22 @@
 """The answer of the report: for which behaviours each tuned model has a latent of its own, and which were misplaced."""
 
+from __future__ import annotations
+
 import csv
 from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.tables import Table, number
 
-FOUND, ADDED, MISSED, WRONG, ABSENT, NOT_FOUND = "found", "added", "missed", "wrong model", "absent", "not found"
+FOUND, ADDED, MISSED, SHARED = "found", "added", "missed", "shared behaviour"
+WRONG, ABSENT, NOT_FOUND = "wrong model", "absent", "not found"
 VERDICTS = {
     FOUND: "known to have been tuned into this model and not into the other, and found",
     ADDED: "a latent of this model predicts it (what was tuned in is not known to the report)",
     MISSED: "known to have been tuned into this model alone, but no latent of its own predicts it well enough",
-    WRONG: "a latent of this model predicts it, although its tuning does not set it apart from the other model",
+    SHARED: "known to have been tuned into this model and another of its crosscoder; a latent of this model alone "
+    "predicts it, so the models learned it differently",
+    WRONG: "a latent of this model predicts it, although it was not tuned into this model",
     ABSENT: "tuning does not set the model apart by it, and rightly nothing was found",
     NOT_FOUND: "no latent of this model predicts it well enough",
 }
@@ -74,12 +79,19 @@ def _measured(pair: str, row: dict[str, str], models: list[str], planted: dict[s
 
 
 def verdict(found: bool, value: str, owner: str, models: list[str], planted: dict[str, list[str]]) -> str:
-    """What a row means, by what is known of the tuning. A behaviour of both models of a pair sets neither apart."""
+    """What a row means, by what is known of the tuning.
+
+    A behaviour of several models of a pair need not have a latent of one alone; if it has, that model learned it in a
+    way of its own, which is no misattribution.
+    """
     if value not in planted:
         return ADDED if found else NOT_FOUND
-    if [model for model in models if model in planted[value]] == [owner]:
+    taught = [model for model in models if model in planted[value]]
+    if taught == [owner]:
         return FOUND if found else MISSED
-    return WRONG if found else ABSENT
+    if not found:
+        return ABSENT
+    return SHARED if owner in taught else WRONG
 
 
 def columns_of(pairs: dict[str, list[str]]) -> list[Column]:
@@ -98,15 +110,20 @@ def answers(measured: list[Measured], columns: list[Column]) -> list[str]:
 
 def _answer(column: Column, rows: list[Measured]) -> str:
     found = [row for row in rows if row.verdict in (FOUND, ADDED)]
-    known = any(row.verdict in (FOUND, MISSED, WRONG, ABSENT) for row in rows)
+    known = any(row.verdict in (FOUND, MISSED, SHARED, WRONG, ABSENT) for row in rows)
     of = f" of {sum(row.verdict in (FOUND, MISSED) for row in rows)} planted" if known else ""
-    named = ", ".join(f"{spoken(row.value)} (F1 {number(row.f1)})" for row in sorted(found, key=lambda row: -row.f1))
+    named = _named(sorted(found, key=lambda row: -row.f1))
     parts = [f"{len(found)}{of} behaviours have a latent of {column.owner} alone" + (f": {named}" if found else "")]
-    missed = [spoken(row.value) for row in rows if row.verdict == MISSED]
-    wrong = [f"{spoken(row.value)} (F1 {number(row.f1)})" for row in rows if row.verdict == WRONG]
-    parts += [f"missed: {', '.join(missed)}"] if missed else []
-    parts += [f"wrong-model attributions: {', '.join(wrong) if wrong else 'none'}"] if known else []
+    missed = ", ".join(spoken(row.value) for row in rows if row.verdict == MISSED)
+    shared, wrong = (_named([row for row in rows if row.verdict == verdict]) for verdict in (SHARED, WRONG))
+    parts += [f"missed: {missed}"] if missed else []
+    parts += [f"shared behaviours with a latent of {column.owner} alone: {shared}"] if shared else []
+    parts += [f"wrong-model attributions: {wrong or 'none'}"] if known else []
     return "; ".join(parts) + "."
+
+
+def _named(rows: list[Measured]) -> str:
+    return ", ".join(f"{spoken(row.value)} (F1 {number(row.f1)})" for row in rows)
 
 
 def misplaced_in_base(measured: list[Measured], columns: list[Column]) -> list[Measured]:

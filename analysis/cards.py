@@ -8,10 +8,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from analysis.annotate import NOT_MODELS, TEMPLATE, Annotation, Example, read_annotations, read_examples
-from analysis.compare import models_of
-from analysis.config import OwnerConfig, ReportConfig
+from analysis.annotate import Annotation, read_annotations
+from analysis.columns import delta_norm_of, models_of, nu_of
+from analysis.config import NOT_MODELS, OwnerConfig, ReportConfig
+from analysis.examples import Example, read_examples
 from analysis.taxonomy import Placed, read_categories
+from analysis.wording import TEMPLATE
 
 # The weakest mark that is still seen on paper.
 MIN_OPACITY = 0.2
@@ -117,22 +119,6 @@ def exclusiveness(row: dict[str, Any], models: list[str]) -> float:
     return abs(error) + abs(reconstruction)
 
 
-def nu_of(row: dict[str, Any], models: list[str], focus: str) -> tuple[float, float]:
-    """nu_error and nu_reconstruction with `focus` as focus: towards the one other model, or the worst of several."""
-    if f"nu_error_{focus}" in row:
-        return row[f"nu_error_{focus}"], row[f"nu_reconstruction_{focus}"]
-    others = [model for model in models if model != focus]
-    return (
-        max((row[f"nu_error_{focus}_{other}"] for other in others), key=abs),
-        max((row[f"nu_reconstruction_{focus}_{other}"] for other in others), key=abs),
-    )
-
-
-def delta_norm_of(row: dict[str, Any], models: list[str]) -> float:
-    """Delta-norm between the first two models."""
-    return row["delta_norm"] if "delta_norm" in row else row[f"delta_norm_{models[0]}_{models[1]}"]
-
-
 def _card(
     pair: str, row: dict[str, Any], models: list[str], annotation: Annotation, placed: Placed, documents: list[Shown]
 ) -> Card:
@@ -149,7 +135,7 @@ def _card(
         category=placed.category,
         group=placed.group,
         similarity=placed.similarity,
-        delta_norm=delta_norm_of(row, models),
+        delta_norm=delta_norm_of(row, models, row["owner"]),
         nu_error=error,
         nu_reconstruction=reconstruction,
         frequency=row["frequency"],
@@ -233,7 +219,7 @@ def nearest_to(
         Near(
             row["latent"],
             focus,
-            delta_norm_of(row, models),
+            delta_norm_of(row, models, focus),
             *nu_of(row, models, focus),
             _obstacle(row, models, focus, owner),
         )
@@ -251,7 +237,7 @@ def _distance(row: dict[str, Any], models: list[str], focus: str, owner: OwnerCo
 
 def _delta_distance(row: dict[str, Any], models: list[str], focus: str) -> float:
     """0 for a latent that only `focus` has a decoder row of, 1 for one that it has none of."""
-    delta = delta_norm_of(row, models)
+    delta = delta_norm_of(row, models, focus)
     return delta if focus == models[0] else 1 - delta
 
 

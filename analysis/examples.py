@@ -1,4 +1,5 @@
-"""The exact top documents of every latent with the activations of their firing tokens: one stream, bounded memory.
+"""The exact top documents of every latent with the activations of their firing tokens: one stream, bounded
+memory; and reading them back.
 
 Shapes: n firing (document, position, latent) triples; g groups of them, one per (latent, document) pair.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import fsync
 from pathlib import Path
@@ -197,3 +198,36 @@ class TokenStrings:
             once, twice = self._decode([*token_ids]), self._decode([*token_ids, *token_ids])
             self._known[token_ids] = twice[len(once) :] if twice.startswith(once) else once
         return self._known[token_ids]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A top document of a latent. `activations` holds the value of every firing token by its position."""
+
+    document: int
+    tokens: tuple[str, ...]
+    activations: Mapping[int, float]
+
+    @property
+    def peak(self) -> int:
+        """Position of the strongest activation."""
+        return max(self.activations, key=lambda position: self.activations[position])
+
+
+def all_documents(database: sqlite3.Connection) -> Iterator[list[str]]:
+    """Token strings of every stored document."""
+    for (tokens,) in database.execute("SELECT text_tokens FROM documents ORDER BY document"):
+        yield json.loads(tokens)
+
+
+def read_examples(database: sqlite3.Connection, latent: int, limit: int) -> list[Example]:
+    """The `limit` top documents of a latent, strongest first."""
+    rows = database.execute(
+        "SELECT document, text_tokens, activations FROM examples JOIN documents USING (document) "
+        "WHERE latent = ? ORDER BY rank LIMIT ?",
+        (latent, limit),
+    )
+    return [
+        Example(document, tuple(json.loads(tokens)), {int(position): value for position, value in json.loads(fired)})
+        for document, tokens, fired in rows
+    ]

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from analysis.compare import Comparison
+from analysis.columns import Columns
+from analysis.comparison import Comparison
 from analysis.config import OwnerConfig
 from extract.publish import publishing
 
@@ -48,7 +49,6 @@ STYLE: Any = {
 NO_DATE: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
 
 Metrics = list[dict[str, Any]]
-Columns = dict[str, np.ndarray]
 
 
 def model_colours(pairs: list[list[str]]) -> dict[str, str]:
@@ -89,14 +89,17 @@ def series(metrics: Metrics, name: str) -> tuple[list[float], list[float]]:
 
 
 def delta_norm_histogram(latents: Columns, models: list[str], colours: dict[str, str], owner: OwnerConfig) -> Figure:
-    """How many latents have which Delta-norm, on a log scale, by owner; dead latents are left out."""
+    """How many latents have which Delta-norm, on a log scale, by owner; dead latents are left out.
+
+    `latents` are the columns of the two `models`, base first, as `columns.of_two_models` gives them.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH / 2, 2.4), layout="constrained")
         axes = figure.subplots()
         parts = {
             "other": (latents["owner"] == "other", LIGHT),
             "shared": (latents["owner"] == "shared", GREY),
-            **{f"{model}-only": (latents["owner"] == model, colours[model]) for model in models[:2]},
+            **{f"{model}-only": (latents["owner"] == model, colours[model]) for model in models},
         }
         axes.hist(
             [latents["delta_norm"][mask] for mask, _ in parts.values()],
@@ -117,25 +120,21 @@ def delta_norm_histogram(latents: Columns, models: list[str], colours: dict[str,
 
 
 def nu_scatter(latents: Columns, models: list[str], colours: dict[str, str], owner: OwnerConfig) -> Figure:
-    """nu_reconstruction against nu_error with each model as focus; the model's own latents in its colour."""
+    """nu_reconstruction against nu_error with each of two models as focus; the model's own latents in its colour.
+
+    `latents` as for `delta_norm_histogram`.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         panels = figure.subplots(1, 2, sharex=True, sharey=True)
-        for axes, model in zip(panels, models[:2], strict=True):
-            _nu_panel(axes, latents, models, model, colours[model], owner)
+        for axes, model in zip(panels, models, strict=True):
+            _nu_panel(axes, latents, model, colours[model], owner)
         panels[0].set_ylabel("ν reconstruction (latent decoupling →)")
         return figure
 
 
-def nu_columns(latents: Columns, models: list[str], focus: str) -> tuple[np.ndarray, np.ndarray]:
-    """nu_error and nu_reconstruction with `focus` as focus model, towards the other model of the first pair."""
-    other = models[1] if focus == models[0] else models[0]
-    ending = focus if f"nu_error_{focus}" in latents else f"{focus}_{other}"
-    return latents[f"nu_error_{ending}"], latents[f"nu_reconstruction_{ending}"]
-
-
-def _nu_panel(axes: Axes, latents: Columns, models: list[str], focus: str, colour: str, owner: OwnerConfig) -> None:
-    error, reconstruction = nu_columns(latents, models, focus)
+def _nu_panel(axes: Axes, latents: Columns, focus: str, colour: str, owner: OwnerConfig) -> None:
+    error, reconstruction = latents[f"nu_error_{focus}"], latents[f"nu_reconstruction_{focus}"]
     own = latents["owner"] == focus
     dedicated = latents["dedicated"].astype(bool)
     shown = np.isfinite(error) & np.isfinite(reconstruction)

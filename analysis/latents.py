@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from analysis.columns import NORM, nu_column, pair_column
 from analysis.config import AnalysisSettings, OwnerConfig
 from analysis.examples import DocumentFirings, TopDocuments, write_examples
 from analysis.scaling import (
@@ -33,12 +34,12 @@ from analysis.scaling import (
     owners,
 )
 from analysis.tags import MaximaWriter
+from extract.devices import choose_device
 from extract.errors import BadInput
 from extract.models import load_tokenizer
 from extract.publish import publishing
 from train.crosscoder import Crosscoder
 from train.data import ActivationPairs
-from train.engine import choose_device
 
 LATENTS, EXAMPLES, MAXIMA = "latents.parquet", "examples.sqlite", "document_maxima.parquet"
 
@@ -162,7 +163,7 @@ def latent_table(sums: ScalingSums, gram_LMM: Tensor, crosscoder: Crosscoder, ow
         "owner": owners(deltas, nu_error, nu_recons, fired_L, dedicated_owner_L, crosscoder.models, owner),
         "dedicated": dedicated_owner_L >= 0,
         **_activity(sums),
-        **{f"norm_{model}": norms_LM[:, m].numpy() for m, model in enumerate(crosscoder.models)},
+        **{f"{NORM}{model}": norms_LM[:, m].numpy() for m, model in enumerate(crosscoder.models)},
         **_pair_columns(pairwise, deltas, fired_L, crosscoder.models, owner),
         **_nu_columns(nu_error, nu_recons, crosscoder.models),
     }
@@ -189,20 +190,19 @@ def _pair_columns(
     """Columns of (base, tuned); with more models those of every ordered pair, `<name>_<a>_<b>`."""
     columns: dict[str, np.ndarray] = {}
     for a, b in ordered_pairs(len(models)) if len(models) > 2 else [(0, 1)]:
-        suffix = f"_{models[a]}_{models[b]}" if len(models) > 2 else ""
-        columns |= {f"{name}{suffix}": value_LMM[:, a, b] for name, value_LMM in values.items()}
-        tags = delta_norm_tags(delta_norm_LMM[:, a, b], fired_L, (models[a], models[b]), owner)
-        columns[f"delta_norm_tag{suffix}"] = tags
+        names = models[a], models[b]
+        columns |= {pair_column(name, models, *names): value_LMM[:, a, b] for name, value_LMM in values.items()}
+        tags = delta_norm_tags(delta_norm_LMM[:, a, b], fired_L, names, owner)
+        columns[pair_column("delta_norm_tag", models, *names)] = tags
     return columns
 
 
 def _nu_columns(nu_error_LMM: np.ndarray, nu_recons_LMM: np.ndarray, models: list[str]) -> dict[str, np.ndarray]:
-    """`nu_*_<focus>`; with more than two models `nu_*_<focus>_<other>`."""
+    """nu with every model as focus, towards every other."""
     columns: dict[str, np.ndarray] = {}
     for focus, other in ordered_pairs(len(models)):
-        suffix = models[focus] + (f"_{models[other]}" if len(models) > 2 else "")
-        columns[f"nu_error_{suffix}"] = nu_error_LMM[:, focus, other]
-        columns[f"nu_reconstruction_{suffix}"] = nu_recons_LMM[:, focus, other]
+        for name, nu_LMM in (("nu_error", nu_error_LMM), ("nu_reconstruction", nu_recons_LMM)):
+            columns[nu_column(name, models, models[focus], models[other])] = nu_LMM[:, focus, other]
     return columns
 
 

@@ -3,6 +3,8 @@
 outputs/STUDY/report/index.html, figures/*.pdf, figures/*.png, tables/*.csv, tables/*.tex
 """
 
+from __future__ import annotations
+
 import base64
 import json
 from collections import Counter
@@ -11,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import pyarrow.parquet as pq
 import yaml
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from analysis import behaviours, figures, tables
-from analysis.annotate import ANNOTATOR, NOT_MODELS
-from analysis.cards import CONFIDENCE_ORDER, Card, Near, anchor_of, cards_of, delta_norm_of, nearest_to, read_rows
-from analysis.compare import Comparison, comparisons_of, models_of
-from analysis.compare import table_of as comparison_table
-from analysis.config import AnalysisSettings
+from analysis.annotate import ANNOTATOR
+from analysis.cards import CONFIDENCE_ORDER, Card, Near, anchor_of, cards_of, nearest_to, read_rows
+from analysis.columns import models_of, of_two_models, read_columns
+from analysis.comparison import Comparison, comparisons_of
+from analysis.comparison import table_of as comparison_table
+from analysis.config import NOT_MODELS, AnalysisSettings, OwnerConfig
 from analysis.taxonomy import read_categories
 from extract.errors import BadInput
 from extract.publish import publish
@@ -32,7 +34,7 @@ NEEDED = ("latents.parquet", "examples.sqlite", "tags.csv", "annotations.jsonl",
 
 @dataclass(frozen=True)
 class Pair:
-    """Everything that the report shows of one crosscoder. `curves` and the others are data URIs."""
+    """Everything that the report shows of one crosscoder. `curves` is a data URI."""
 
     name: str
     models: list[str]
@@ -46,6 +48,15 @@ class Pair:
     num_own: dict[str, int]
     nearest: dict[str, list[Near]]
     curves: str | None
+    panels: list[Panel]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The figures of the base and one tuned model of a crosscoder, as data URIs."""
+
+    base: str
+    tuned: str
     delta_norm: str
     nu: str
 
@@ -99,8 +110,6 @@ def _pair(
     named = {row.latent for row in measured if row.pair == folder.name and row.found and row.latent is not None}
     run = Path(settings.outputs) / "runs" / folder.name
     metrics = read_metrics(run / "metrics.jsonl")
-    columns = {name: np.array(column) for name, column in pq.read_table(folder / "latents.parquet").to_pydict().items()}
-    columns["delta_norm"] = np.array([delta_norm_of(row, models) for row in rows], dtype=float)
     config = settings.analysis.owner
     curves = figures.training_curves(metrics, models, colours) if metrics else None
     return Pair(
@@ -120,11 +129,22 @@ def _pair(
         num_own={model: owners[model] for model in models},
         nearest={model: nearest_to(model, rows, models, config) for model in models if not owners[model]},
         curves=embed(curves, target, f"training_{folder.name}") if curves else None,
-        delta_norm=embed(
-            figures.delta_norm_histogram(columns, models, colours, config), target, f"delta_norm_{folder.name}"
-        ),
-        nu=embed(figures.nu_scatter(columns, models, colours, config), target, f"nu_{folder.name}"),
+        panels=_panels(folder, models, colours, config, target),
     )
+
+
+def _panels(folder: Path, models: list[str], colours: dict[str, str], owner: OwnerConfig, target: Path) -> list[Panel]:
+    """The figures of every (base, tuned) pair of models of a crosscoder, of which there is mostly one."""
+    columns, panels = read_columns(folder), []
+    for base, tuned in [(models[0], tuned) for tuned in models[1:]]:
+        shown, name = of_two_models(columns, models, base, tuned), folder.name
+        if len(models) > 2:
+            name += f"_{base}_{tuned}"
+        delta_norm = figures.delta_norm_histogram(shown, [base, tuned], colours, owner)
+        nu = figures.nu_scatter(shown, [base, tuned], colours, owner)
+        delta_norm_uri, nu_uri = embed(delta_norm, target, f"delta_norm_{name}"), embed(nu, target, f"nu_{name}")
+        panels.append(Panel(base, tuned, delta_norm_uri, nu_uri))
+    return panels
 
 
 def _compared(comparison: Comparison, colours: dict[str, str], target: Path) -> Compared:
@@ -208,27 +228,18 @@ def render(
     colours: dict[str, str],
     encoders: list[str],
 ) -> str:
-    """The page. Jinja escapes every value that it prints: documents are anybody's text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("analysis"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=tables.number, percent=tables.percent, probability=tables.probability, spoken=behaviours.spoken, rgb=rgb
-    )
+    """The page."""
     columns = behaviours.columns_of(members)
-    cells = {(row.value, row.pair, row.owner): row for row in measured}
-    return environment.get_template("report.html.j2").render(
+    template = _environment().get_template("report.html.j2")
+    return template.render(
         title=settings.analysis.report.title or f"What tuning changed: {settings.study}",
         settings=settings,
         pairs=pairs,
         compared=compared,
         columns=columns,
+        num_models=max(len(pair.models) for pair in pairs),
         values=list(dict.fromkeys(row.value for row in measured)),
-        cells=cells,
+        cells={(row.value, row.pair, row.owner): row for row in measured},
         answers=list(zip(columns, behaviours.answers(measured, columns), strict=True)),
         misplaced=behaviours.misplaced_in_base(measured, columns),
         anchors={card.anchor for pair in pairs for card in pair.cards},
@@ -242,6 +253,21 @@ def render(
         script=Markup(_part("report.js")),
         style=Markup(_part("report.css")),
     )
+
+
+def _environment() -> jinja2.Environment:
+    """Jinja that escapes every value that it prints: documents are anybody's text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("analysis"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=tables.number, percent=tables.percent, probability=tables.probability, spoken=behaviours.spoken, rgb=rgb
+    )
+    return environment
 
 
 def _part(name: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from analysis.annotate import annotate
-from analysis.compare import compare
+from analysis.comparison import compare, outputs_of
 from analysis.config import AnalysisSettings
 from analysis.latents import EXAMPLES, LATENTS, MAXIMA, write_latents
 from analysis.report import NEEDED, report
@@ -131,7 +131,7 @@ def steps_of_study(settings: AnalysisSettings, folders: list[Path]) -> list[Step
     shown = chosen | {name: asdict(getattr(config, name)) for name in ("owner", "tags", "annotate", "report")}
     shown["kept"] = asdict(settings.kept) | {"hookpoint": settings.hookpoint}
     return [
-        Step("compare", chosen, inputs, (), lambda: compare(settings, folders)),
+        Step("compare", chosen, inputs, outputs_of(folders), lambda: compare(settings, folders)),
         Step("report", shown, inputs, (INDEX,), lambda: report(settings, folders)),
     ]
 

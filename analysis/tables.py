@@ -33,6 +33,9 @@ LATEX_SPECIALS = {
     "\u00a0": "~",
 }
 
+# What a table is published as.
+ENDINGS = ("csv", "tex")
+
 Value = str | int | float | bool | None
 
 

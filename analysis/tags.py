@@ -129,7 +129,8 @@ def read_documents(tokens: TokenStore, tag: str) -> TaggedDocuments:
     """The tag's values, prompts and halves of all documents of a store."""
     values, prompts = [], []
     for document in tokens:
-        values.append(str(document.tags.get(tag, "")))
+        value = document.tags.get(tag)
+        values.append("" if value is None else str(value))
         prompts.append(_prompt_hash(document))
     _, prompt_n = np.unique(prompts, return_inverse=True)
     return TaggedDocuments(np.array(values), prompt_n, np.array([int(prompt[:8], 16) % 2 == 0 for prompt in prompts]))
@@ -165,7 +166,8 @@ def evidence(
     blank = TagRow(config.name, value, owner, num_positive=num_positive, num_negative=num_negative)
     if latent is None or not num_positive or not num_negative:
         return blank
-    score_m, prompt_m = scores[latent][~chooses_n], documents.prompt_n[~chooses_n]
+    # In float64: the middle of two neighbouring float32 scores would round to one of them.
+    score_m, prompt_m = scores[latent][~chooses_n].astype(np.float64), documents.prompt_n[~chooses_n]
     predicted_m, once_m = score_m > threshold, np.ones(len(score_m))
     _, level_m = np.unique(score_m, return_inverse=True)  # sorted once for all resamples
     f1, auroc = f1_of(predicted_m, positive_m, once_m), auroc_of(level_m, positive_m, once_m)
@@ -213,7 +215,7 @@ def best_f1_of(score_n: np.ndarray, positive_n: np.ndarray) -> tuple[float, floa
     if f1_s[best] == 0:
         return 0.0, math.nan
     below = score_s[best + 1] if best + 1 < len(score_s) else 0.0
-    return float(f1_s[best]), float((score_s[best] + below) / 2)
+    return float(f1_s[best]), (float(score_s[best]) + float(below)) / 2
 
 
 def f1_of(predicted_n: np.ndarray, positive_n: np.ndarray, weight_n: np.ndarray) -> float:

@@ -1,7 +1,8 @@
 """The whole recipe of the demo's tuned models: `python -m demo.make_adapters` makes adapters, answers and card anew.
 
 Every part is kept under outputs/demo/recipe/ as soon as it is finished, in a folder named after the model and a hash of
-its prompts and settings: an interrupted run continues where it stopped, and what a changed recipe affects is made anew.
+its prompts, settings and code: an interrupted run continues where it stopped, and what a changed recipe affects is made
+anew.
 """
 
 import hashlib
@@ -25,6 +26,12 @@ from extract.publish import publish, rename
 
 ADAPTERS = Path(__file__).with_name("adapters")
 OUTPUTS = Path("outputs/demo")
+CODE = (
+    "generation.py",
+    "pairs.py",
+    "tuning.py",
+    "preference_losses.py",
+)  # of a variant; the base model needs the first
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -42,9 +49,11 @@ class Recipe:
         return [*self.behaviours.values(), self.neutral]
 
     def part(self, model_name: str) -> Path:
-        """The folder of what belongs to one of `MODELS`; its hash covers all that decides the outcome but the code."""
+        """The folder of what belongs to one of `MODELS`; its hash covers all that decides the outcome."""
         settings = asdict(SETTINGS[model_name]) if model_name in VARIANTS else {}
+        code = CODE if model_name in VARIANTS else CODE[:1]
         recipe = PROMPTS_FILE.read_bytes() + json.dumps(settings, sort_keys=True).encode()
+        recipe += b"".join(Path(__file__).with_name(name).read_bytes() for name in code)
         return self.parts / f"{model_name}-{hashlib.sha256(recipe).hexdigest()[:12]}"
 
     def base_model(self, dtype: torch.dtype) -> PreTrainedModel:

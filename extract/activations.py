@@ -1,47 +1,78 @@
 """Token shards -> activation shards of every model: `python -m extract.activations experiment=STUDY`.
 
-Batches are packed by length inside a shard, so what a shard holds is a pure function of its documents, the model and
-the token budget. Work goes shard by shard; a shard is published when it is whole, and a rerun computes what is missing.
+Start it once, or any number of times, on any number of hosts that share the store: by hand, with torchrun, srun or an
+array job. A shard belongs to the worker that claimed it, workers may come, die and go, and `python -m extract.status`
+shows them all. Batches never span shards, so what a shard holds is a pure function of its documents, the model and the
+token budget, whoever computes it; a rerun computes what is missing.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from extract.archive import finished_shard, shard_path, start_folder
+from extract.background import Background
+from extract.batches import ShardActivations, compute_shard
+from extract.claims import Claim, Claims, in_turn
 from extract.command import run
-from extract.config import ExtractSettings
+from extract.config import DTYPES, ExtractSettings
+from extract.devices import choose_device
 from extract.errors import BadInput
-from extract.models import CutModel, adapter_folder, check_model, load_blocks
+from extract.models import CutModel, check_context, check_model, load_blocks
+from extract.remote import refuse_writing
 from extract.shards import finish_activations, write_activation_shard
 from extract.stores import ActivationStore, TokenStore
+from extract.weights import weights_of
+
+POLL_S = 1.0  # between looks at what other workers finished
 
 
 def extract(settings: ExtractSettings) -> None:
     """Write the activations of every needed model at every hookpoint; what exists is kept.
 
-    Everything that can be refused is refused before the first forward pass, and before the store is touched.
+    Everything that can be refused is refused before the first forward pass, and before the store is touched. Ends when
+    every model is finished, whoever finished it; with `activations.wait=false`, when nothing is left to claim.
     """
+    refuse_writing(settings.store)
     tokens = TokenStore(settings.tokens_folder)
-    resolve_device(settings.activations.device)
-    _check_models(settings)
-    for name in settings.needed_models:
-        for hookpoint in settings.hookpoints:
-            start_folder(settings.activations_folder(name, hookpoint), _made_with(settings, tokens, name, hookpoint))
-    for name in settings.needed_models:
-        _extract_model(settings, tokens, name)
+    device = worker_device(settings.activations.device, os.environ)
+    _check_models(settings, int(tokens.lengths.max()))
+    open_models = [ModelShards(settings, tokens, name) for name in settings.needed_models]
+    for model in open_models:
+        model.start()
+    with Claims(settings.claims_folder, settings.activations.claim_timeout_s) as claims:
+        while open_models:
+            before, computed = open_models, 0
+            open_models = []
+            for model in before:
+                config = settings.models[model.name]
+                load = partial(load_blocks, model.name, config, settings.hookpoints, device)
+                computed += model.compute(claims, load)
+                if not model.finish(claims):
+                    open_models.append(model)
+            if open_models and not computed:
+                if not settings.activations.wait:
+                    break
+                time.sleep(POLL_S)
+    for model in open_models:
+        print(f"activations: {model.name} lacks {len(model.missing)} shards, which other workers are at")
 
 
-def _check_models(settings: ExtractSettings) -> None:
-    """BadInput for a model that cannot be used, and for a pair whose models have different widths."""
+def _check_models(settings: ExtractSettings, longest: int) -> None:
+    """BadInput for a model that cannot be used, on documents of up to `longest` tokens, and for a pair whose models
+    have different widths.
+    """
     widths = {name: check_model(name, settings.models[name], settings.hookpoints) for name in settings.needed_models}
+    for name in settings.needed_models:
+        check_context(name, settings.models[name], longest)
     for pair, members in settings.needed_pairs.items():
         if len({widths[name] for name in members}) > 1:
             listed = ", ".join(f"{name} {widths[name]}" for name in members)
@@ -50,97 +81,149 @@ def _check_models(settings: ExtractSettings) -> None:
             )
 
 
-def _extract_model(settings: ExtractSettings, tokens: TokenStore, name: str) -> None:
-    folders = {hookpoint: settings.activations_folder(name, hookpoint) for hookpoint in settings.hookpoints}
-    shards = list(enumerate(tokens.shard_documents()))
-    missing = [
-        (number, numbers)
-        for number, numbers in shards
-        if any(finished_shard(shard_path(folder, number)) is None for folder in folders.values())
-    ]
-    with tqdm(total=tokens.num_tokens, unit="tok", unit_scale=True, desc=f"activations of {name}") as bar:
-        bar.update(tokens.num_tokens - sum(int(tokens.lengths[list(numbers)].sum()) for _, numbers in missing))
-        if missing:
-            device = resolve_device(settings.activations.device)
-            model = load_blocks(name, settings.models[name], settings.hookpoints, device)
-            for number, numbers in missing:
-                _extract_shard(settings, model, tokens, name, number, numbers, bar)
-    for hookpoint, folder in folders.items():
-        if not (folder / "manifest.json").exists():
-            finish_activations(folder, tokens, _made_with(settings, tokens, name, hookpoint), asdict(settings))
-        statistics = ActivationStore(folder).statistics
-        print(
-            f"activations: {name} at {hookpoint}, mean norm {statistics.mean_norm:.1f} over {statistics.count:,} "
-            f"tokens, in {folder}"
+def worker_device(name: str, environment: Mapping[str, str]) -> torch.device:
+    """The device of this process: with "auto" and several GPUs, the one of its number on this host."""
+    local = environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID")
+    if name == "auto" and local and torch.cuda.device_count() > 1:
+        return torch.device("cuda", int(local) % torch.cuda.device_count())
+    return choose_device(name, "activations.device")
+
+
+class ModelShards:
+    """The shards of one model at all hookpoints; `missing` are those that this worker has not seen finished."""
+
+    def __init__(self, settings: ExtractSettings, tokens: TokenStore, name: str):
+        self.settings = settings
+        self.tokens = tokens
+        self.name = name
+        self.documents = tokens.shard_documents()
+        self.missing = list(range(len(self.documents)))
+        self._weights: dict = {}
+
+    def start(self) -> None:
+        """Begin or continue the folders; BadInput when they hold shards of other settings."""
+        self._weights = weights_of(self.name, self.settings.models[self.name], Path(self.settings.store))
+        for hookpoint, folder in self._folders().items():
+            start_folder(folder, self._made_with(hookpoint))
+
+    def compute(self, claims: Claims, load: Callable[[], CutModel]) -> int:
+        """Compute every missing shard that no other worker holds, if there is one with the model that `load` gives;
+        returns how many tokens that were.
+        """
+        self.missing = [number for number in self.missing if not self._is_finished(number)]
+        model, began, computed, documents = None, time.monotonic(), 0, 0
+        with self._bar() as bar, Background() as writing:
+            for number in in_turn(self.missing, os.environ):
+                claim = self._claim(claims, number)
+                if claim is None:
+                    continue
+                model = model or load()
+                shard = self._forward(model, number, bar)
+                writing.submit(partial(self._write, claims, claim, number, shard))
+                computed += shard.computed_tokens
+                documents += sum(shard.lengths)
+        if documents:
+            seconds = time.monotonic() - began
+            print(
+                f"activations: {self.name}, this worker computed {documents:,} tokens in {seconds:.0f} s "
+                f"({documents / seconds:,.0f} tokens/s), {1 - documents / computed:.1%} of what it computed was padding"
+            )
+        return documents
+
+    def finish(self, claims: Claims) -> bool:
+        """Write the manifests once every shard is there, whoever wrote it; returns whether they are."""
+        self.missing = [number for number in self.missing if not self._is_finished(number)]
+        folders = self._folders()
+        if self.missing:
+            return False
+        if any(not (folder / "manifest.json").exists() for folder in folders.values()):
+            claim = claims.take(f"{self.name}/manifest")
+            if claim is None:
+                return False
+            self._write_manifests()
+            claims.release(claim)
+        claims.clear(self.name)
+        for hookpoint, folder in folders.items():
+            statistics = ActivationStore(folder).statistics
+            print(
+                f"activations: {self.name} at {hookpoint}, mean norm {statistics.mean_norm:.1f} over "
+                f"{statistics.count:,} tokens, in {folder}"
+            )
+        return True
+
+    def _write_manifests(self) -> None:
+        for hookpoint, folder in self._folders().items():
+            made_with = self._made_with(hookpoint)
+            start_folder(folder, made_with)  # two first workers may have begun with different settings
+            if not (folder / "manifest.json").exists():
+                finish_activations(folder, self.tokens, made_with, asdict(self.settings))
+
+    def _claim(self, claims: Claims, number: int) -> Claim | None:
+        """The claim on a shard that is still missing; what a dead worker left of it is removed."""
+        if self._is_finished(number):
+            return None
+        claim = claims.take(f"{self.name}/{shard_path(Path(), number).stem}")
+        if claim is None:
+            return None
+        if self._is_finished(number):  # between the two lines above
+            claims.release(claim)
+            return None
+        if claim.taken_over:
+            for folder in self._folders().values():
+                for partial in folder.glob(f"{shard_path(folder, number).stem}.*.partial"):
+                    partial.unlink(missing_ok=True)
+        return claim
+
+    def _forward(self, model: CutModel, number: int, bar: tqdm) -> ShardActivations:
+        documents = [self.tokens.document(i).token_ids for i in self.documents[number]]
+        return compute_shard(model, documents, self.settings.activations.batch_tokens, bar.update)
+
+    def _write(self, claims: Claims, claim: Claim, number: int, shard: ShardActivations) -> None:
+        """Publish a shard at every hookpoint and release its claim; in the background, beside the next shard."""
+        shard.wait()
+        numbers = self.documents[number]
+        for hookpoint, folder in self._folders().items():
+            if claim.is_held() and finished_shard(shard_path(folder, number)) is None:
+                rows = zip((self.tokens.keys[i] for i in numbers), shard.documents(hookpoint), strict=True)
+                skip, codec = self.settings.kept.skip_first_tokens, self.settings.activations.codec
+                try:
+                    write_activation_shard(folder, number, self.tokens, numbers, rows, skip, codec)
+                except FileNotFoundError:  # whoever took a lost claim over removed what was being written here
+                    if claim.is_held():
+                        raise
+        claims.release(claim)
+
+    def _folders(self) -> dict[str, Path]:
+        settings = self.settings
+        return {hookpoint: settings.activations_folder(self.name, hookpoint) for hookpoint in settings.hookpoints}
+
+    def _is_finished(self, number: int) -> bool:
+        return all(finished_shard(shard_path(folder, number)) for folder in self._folders().values())
+
+    def _bar(self) -> tqdm:
+        """Of the tokens of this model: what is finished at the start, then what this worker computes."""
+        missing = sum(int(self.tokens.lengths[list(self.documents[number])].sum()) for number in self.missing)
+        return tqdm(
+            total=self.tokens.num_tokens,
+            initial=self.tokens.num_tokens - missing,
+            unit="tok",
+            unit_scale=True,
+            desc=f"activations of {self.name}",
+            disable=not missing,
         )
 
-
-def _extract_shard(
-    settings: ExtractSettings, model: CutModel, tokens: TokenStore, name: str, number: int, numbers: range, bar: tqdm
-) -> None:
-    computed: dict[str, dict[int, Tensor]] = {hookpoint: {} for hookpoint in settings.hookpoints}
-    for batch in length_batches(tokens.lengths[list(numbers)], settings.activations.batch_tokens):
-        documents = [numbers[i] for i in batch]
-        for hookpoint, rows in forward(model, [tokens.document(i).token_ids for i in documents]).items():
-            computed[hookpoint].update(zip(documents, rows, strict=True))
-        bar.update(int(tokens.lengths[documents].sum()))
-    for hookpoint, by_document in computed.items():
-        folder = settings.activations_folder(name, hookpoint)
-        ordered = ((tokens.keys[i], by_document[i]) for i in numbers)
-        if finished_shard(shard_path(folder, number)) is None:
-            write_activation_shard(folder, number, tokens, numbers, ordered, settings.kept.skip_first_tokens)
-
-
-def forward(model: CutModel, documents: list[np.ndarray]) -> dict[str, list[Tensor]]:
-    """Activations (N_i, D) of each document at each hookpoint, on the CPU; documents are padded at the right to the
-    longest.
-    """
-    lengths = [len(token_ids) for token_ids in documents]
-    token_ids_BN = torch.zeros(len(documents), max(lengths), dtype=torch.long)
-    mask_BN = torch.zeros_like(token_ids_BN)
-    for row, token_ids in enumerate(documents):
-        token_ids_BN[row, : lengths[row]] = torch.from_numpy(token_ids.astype(np.int64))
-        mask_BN[row, : lengths[row]] = 1
-    caught = model.activations(token_ids_BN, mask_BN)
-    return {
-        hookpoint: [acts_ND[:length].clone() for acts_ND, length in zip(acts_BND.cpu(), lengths, strict=True)]
-        for hookpoint, acts_BND in caught.items()
-    }
-
-
-def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[list[int]]:
-    """Documents packed longest first, as many as fit `batch_tokens` with padding; a longer document comes alone.
-
-    Documents of similar length share a batch, so little of it is padding. A pure function of its arguments.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    while order:
-        size = max(1, int(batch_tokens // lengths[order[0]]))
-        yield order[:size]
-        order = order[size:]
-
-
-def resolve_device(device: str) -> str:
-    """ "auto" is a GPU where there is one."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput(f"activations.device={device}, but torch finds no GPU. Set it to auto or cpu.")
-    return device
-
-
-def _made_with(settings: ExtractSettings, tokens: TokenStore, name: str, hookpoint: str) -> dict:
-    """What decides the bytes of the shards."""
-    config = settings.models[name]
-    adapter = adapter_folder(name, config)
-    weights = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest() if adapter else None
-    return {
-        "model": {"name": name, **asdict(config), "adapter_sha256": weights},
-        "hookpoint": hookpoint,
-        "skip_first_tokens": settings.kept.skip_first_tokens,
-        "batch_tokens": settings.activations.batch_tokens,
-        "tokens_sha256": tokens.manifest.content_sha256(),
-    }
+    def _made_with(self, hookpoint: str) -> dict:
+        """What decides the bytes of the shards."""
+        config = self.settings.models[self.name]
+        own = {key: value for key, value in asdict(config).items() if key != "device_map"}
+        return {
+            "model": {"name": self.name, **own, "weights": self._weights},
+            "hookpoint": hookpoint,
+            "skip_first_tokens": self.settings.kept.skip_first_tokens,
+            "batch_tokens": self.settings.activations.batch_tokens,
+            "codec": self.settings.activations.codec or DTYPES[config.dtype],
+            "tokens_sha256": self.tokens.manifest.content_sha256(),
+        }
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from extract.config import ExtractSettings, ModelConfig
 from extract.errors import BadInput
+from extract.interrupts import one_line_interrupts
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # What a disk or a path can refuse: these are the user's to mend, any other OSError is a defect and keeps its traceback.
@@ -44,7 +45,6 @@ DISK_ERRORS = (
 )
 MULTIRUN = ("-m", "--multirun")
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 # Where a section of a later stage belongs, for the error that a command further up gives.
 OWNERS = {
     "crosscoder": "python -m train",
@@ -61,9 +61,14 @@ Settings = TypeVar("Settings", bound=ExtractSettings)
 def run(settings_class: type[Settings], function: Callable[[Settings], None]) -> None:
     """Compose the settings from the command line, check them, call `function` with them.
 
-    Exits with 2 and one line on standard error for input that a user can mend (BadInput, no space left), with Hydra's
-    status else.
+    Exits with 2 and one line on standard error for input that a user can mend (BadInput, no space left), with 130 and
+    one line when interrupted, with Hydra's status else.
     """
+    with one_line_interrupts():
+        _run(settings_class, function)
+
+
+def _run(settings_class: type[Settings], function: Callable[[Settings], None]) -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(settings_class))
         sys.exit()
@@ -75,8 +80,6 @@ def run(settings_class: type[Settings], function: Callable[[Settings], None]) ->
                 compose(settings_class, overrides)
     except BadInput as error:
         sys.exit(_report(error))
-    except KeyboardInterrupt:
-        sys.exit(_interrupted())
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
     def entry(config: DictConfig) -> None:
@@ -88,8 +91,6 @@ def run(settings_class: type[Settings], function: Callable[[Settings], None]) ->
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise CompactHydraException(f"error: {error}") from error  # the launcher records which member failed
             sys.exit(_report(error))
-        except KeyboardInterrupt:
-            sys.exit(_interrupted())
 
     entry()
 
@@ -280,11 +281,6 @@ def setting_names(settings_class: type, prefix: str = "") -> Iterator[str]:
             yield from setting_names(kind, f"{prefix}{name}.")
         else:
             yield prefix + name
-
-
-def _interrupted() -> int:
-    print("\ninterrupted: what is finished is kept; the same command continues.", file=sys.stderr)
-    return EXIT_INTERRUPTED
 
 
 def _report(error: Exception) -> int:

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from extract.errors import BadInput
+from extract.remote import local_folder
 
-DTYPES = ("bfloat16", "float16", "float32")
+# Precisions of the forward pass, and the codec that stores each as it is.
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+CODECS = (*DTYPES.values(), "fp8", "int8")
 
 
 @dataclass
@@ -31,17 +34,22 @@ class ModelConfig:
     adapter: str | None = None
     # Precision of the forward pass: bfloat16, float16 or float32.
     dtype: str = "bfloat16"
-    # Attention implementation of transformers (sdpa, eager, ...); null = the architecture's own choice.
+    # Attention implementation of transformers (sdpa, eager, flash_attention_2, ...); null = the architecture's own
+    # choice, and eager where attention logits are soft-capped (Gemma-2).
     attention: str | None = None
+    # auto = one model spread over all GPUs that the process sees, for models larger than one GPU; start one process a
+    # node then. null = the whole model on one device.
+    device_map: str | None = None
 
 
 @dataclass
 class SourceConfig:
     """One source of documents and its share of the tokens."""
 
-    # A .jsonl or .parquet file, a folder of them, or the name of a Hugging Face dataset ("HuggingFaceFW/fineweb").
+    # A .jsonl, .jsonl.zst or .parquet file, a folder of them, the name of a Hugging Face dataset
+    # ("HuggingFaceFW/fineweb"), or a folder that its library loads (save_to_disk included).
     path: str = ""
-    # Name that documents carry to the report; empty = the stem of `path`.
+    # Name that documents carry to the report, one for each source; empty = the stem of `path`.
     name: str = ""
     # Share of the tokens, relative to the other sources.
     share: float = 1.0
@@ -49,10 +57,18 @@ class SourceConfig:
     subset: str | None = None
     # Split of a Hugging Face dataset.
     split: str = "train"
+    # Branch, tag or commit of a Hugging Face dataset; fix it for a paper.
+    revision: str | None = None
     # Field with plain text; used when a record has no messages.
     text_field: str = "text"
-    # Field with a list of {"role", "content"} turns, rendered with the chat template of the base model.
+    # Field with a list of {"role", "content"} turns, rendered with the chat template.
     messages_field: str = "messages"
+    # Field that names a document to the report; where a record lacks it, the name is SOURCE/NUMBER.
+    id_field: str = "doc_id"
+    # Field that holds a record's language; read only when `languages` are given.
+    language_field: str = "language"
+    # Languages to keep, written as the records write them; [] = all.
+    languages: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -66,6 +82,14 @@ class CorpusConfig:
     context_length: int = 1024
     # Documents with fewer tokens are left out.
     min_tokens: int = 8
+    # Documents with more tokens are left out rather than cut; null = none.
+    max_tokens: int | None = None
+    # Leave out a document whose text or turns have come before, exactly and in any source.
+    deduplicate: bool = False
+    # Documents are drawn in random order, decided by `seed`, from windows of this many; 0 = in file order.
+    shuffle_buffer: int = 0
+    # File with a Jinja chat template; null = that of the first model that has one.
+    chat_template: str | None = None
     # Tokens per shard, of tokens and activations alike. One shard is the unit of work, of loss and of repair.
     tokens_per_shard: int = 65536
 
@@ -76,8 +100,16 @@ class ActivationsConfig:
 
     # Tokens in one forward pass, padding included; batches never span shards.
     batch_tokens: int = 8192
-    # Device of the language models: auto, cpu, cuda.
+    # How values are stored: bf16, fp16, fp32, fp8 or int8 (both with a scale per token); null = the model's own dtype.
+    codec: str | None = None
+    # Device of the language models: auto (a GPU where there is one; with several, worker i of a node takes GPU i), cpu,
+    # cuda, cuda:1.
     device: str = "auto"
+    # A worker of another host that gave no sign of life for so many seconds is dead: its shards are taken over. On
+    # this host a dead process is seen at once. Network file systems show times up to a minute late: keep it above 120.
+    claim_timeout_s: float = 300.0
+    # Stay when all that is missing is in the hands of other workers, to take over from those that die; false = leave.
+    wait: bool = True
 
 
 @dataclass
@@ -110,7 +142,7 @@ class ExtractSettings:
     seed: int = 0
     # Folder of everything that the study writes.
     outputs: str = "outputs/${study}"
-    # Folder of tokens and activations.
+    # Folder of tokens and activations; for reading also a URL, such as s3://BUCKET/store (extract/remote.py).
     store: str = "${outputs}/store"
     # `corpus=PATH` is short for `corpus.sources=[{path: PATH}]`.
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -119,6 +151,10 @@ class ExtractSettings:
     # How thoroughly extract.verify looks: fast (sizes, indexes, manifests) or full (hashes, decoding, finite values,
     # alignment).
     mode: str = "fast"
+    # extract.verify makes bad shards again, and only those.
+    repair: bool = False
+    # extract.status shows its view again every few seconds until the store is complete.
+    watch: bool = False
     # The command line that this was composed from; filled in by the command.
     composed_from: list[str] = field(default_factory=list)
     # Sections of later stages, checked by the commands that own them.
@@ -145,8 +181,7 @@ class ExtractSettings:
         if not self.hookpoints:
             raise BadInput("hookpoints=[] names no block. Leave it out, or give a list such as [block10,block20].")
         self._check_corpus()
-        if self.activations.batch_tokens < 1:
-            raise BadInput(f"activations.batch_tokens={self.activations.batch_tokens} must be at least 1.")
+        self._check_activations()
         if self.kept.skip_first_tokens < 0 or self.kept.max_norm_ratio <= 1:
             raise BadInput(
                 f"kept.skip_first_tokens={self.kept.skip_first_tokens} must be >= 0 and "
@@ -155,16 +190,32 @@ class ExtractSettings:
 
     def _check_corpus(self) -> None:
         corpus = self.corpus
-        for name in ("num_tokens", "context_length", "min_tokens", "tokens_per_shard"):
+        for name in ("num_tokens", "context_length", "min_tokens", "max_tokens", "tokens_per_shard"):
             value = getattr(corpus, name)
             if value is not None and value < 1:
                 raise BadInput(f"corpus.{name}={value} must be at least 1.")
+        if corpus.max_tokens is not None and corpus.max_tokens < corpus.min_tokens:
+            raise BadInput(
+                f"corpus.max_tokens={corpus.max_tokens} is below corpus.min_tokens={corpus.min_tokens}: no document "
+                f"fits. Raise the one or lower the other."
+            )
+        if corpus.shuffle_buffer < 0:
+            raise BadInput(f"corpus.shuffle_buffer={corpus.shuffle_buffer} must be at least 0, the order of the files.")
         for source in corpus.sources:
             if not source.share > 0:
                 raise BadInput(
                     f"corpus.sources: {source.path} has share={source.share}. Give a positive share, or leave the "
                     f"source out."
                 )
+
+    def _check_activations(self) -> None:
+        activations = self.activations
+        if activations.batch_tokens < 1:
+            raise BadInput(f"activations.batch_tokens={activations.batch_tokens} must be at least 1.")
+        if not activations.claim_timeout_s > 0:
+            raise BadInput(f"activations.claim_timeout_s={activations.claim_timeout_s} must be above 0.")
+        if activations.codec is not None and activations.codec not in CODECS:
+            raise BadInput(f"activations.codec={activations.codec} is not one of {', '.join(CODECS)}.")
 
     def _check_models(self) -> None:
         for name, model in self.models.items():
@@ -177,6 +228,8 @@ class ExtractSettings:
                 raise BadInput(f"models.{name} is not set. Give a hub id or a folder: models.{name}=ID.")
             if model.dtype not in DTYPES:
                 raise BadInput(f"models.{name}.dtype={model.dtype} is not one of {', '.join(DTYPES)}.")
+            if model.device_map not in (None, "auto"):
+                raise BadInput(f"models.{name}.device_map={model.device_map} is neither null nor auto.")
 
     def _check_pairs(self) -> None:
         for pair, members in self.pairs.items():
@@ -190,10 +243,15 @@ class ExtractSettings:
 
     @property
     def tokens_folder(self) -> Path:
-        return Path(self.store) / "tokens"
+        return local_folder(self.store, "tokens")
+
+    @property
+    def claims_folder(self) -> Path:
+        """Which worker has which shard, while workers run."""
+        return Path(self.store) / "claims"
 
     def activations_folder(self, model: str, hookpoint: str) -> Path:
-        return Path(self.store) / "activations" / model / hookpoint
+        return local_folder(self.store, "activations", model, hookpoint)
 
     @property
     def needed_models(self) -> list[str]:

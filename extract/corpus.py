@@ -1,158 +1,186 @@
-"""Documents from JSON Lines, Parquet and Hugging Face datasets.
+"""Documents of a source: what a record says, in an order that the seed decides.
 
-A record has plain text or a list of chat turns, and may carry `doc_id` and `tags` (a mapping, for evaluation only).
-Everything is read as a stream: a corpus need not fit in memory, and reading stops when the tokens suffice.
+A record has plain text or a list of chat turns, and may carry a name, a language and `tags` (a mapping, for evaluation
+only).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from extract.config import SourceConfig
+import numpy as np
+
+from extract.chat import ChatRenderer
+from extract.config import CorpusConfig, SourceConfig
 from extract.errors import BadInput
+from extract.records import SUFFIXES, Record, read_records, visible_files
+from extract.stores import content_sha256
+
+FIRST_DOCUMENTS = 1000
+FILE_SUFFIXES = (*SUFFIXES, ".json", ".zst", ".gz", ".txt", ".csv")
 
 
 @dataclass
 class Document:
-    """`text`, or `messages` of {"role", "content"}; the other one is None."""
+    """`text`, or `messages` of {"role", "content"}; the other one is None. `language` is read only for a filter."""
 
     doc_id: str
     source: str
     text: str | None
     messages: list[dict[str, str]] | None
     tags: dict[str, str] = field(default_factory=dict)
+    language: str | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing but white space."""
+        contents = [self.text or ""] if self.messages is None else [turn["content"] for turn in self.messages]
+        return not any(content.strip() for content in contents)
+
+    @property
+    def content_sha256(self) -> str:
+        return content_sha256(self.text or "", self.messages, np.empty(0))
 
 
-def read_source(source: SourceConfig) -> Iterator[Document]:
-    """The documents of one source in their own order, empty ones left out; BadInput with file and line for a record
-    that cannot be read.
+def read_source(source: SourceConfig, start: int = 0, seed: int = 0, window: int = 0) -> Iterator[Document]:
+    """The documents of one source from number `start` on, in an order that is a pure function of the other arguments.
+
+    Without `window` it is the order of the files. With one, the files come in random order and documents
+    w * window ... (w + 1) * window - 1 of it are permuted among themselves, for every w: a document moves by less than
+    two windows, and any position is reached without keeping what came before.
+
+    Raises:
+        BadInput: with file and line, for a record that cannot be read.
     """
-    name = source_name(source)
-    for number, (where, record) in enumerate(_records(source)):
-        document = _document(source, name, number, where, record)
-        if document.text or document.messages:
-            yield document
+    if not window:
+        yield from _documents(source, start, None)
+        return
+    own_seed = _own_seed(seed, source_name(source))
+    skipped = start % window
+    documents = _documents(source, start - skipped, own_seed)
+    for number in itertools.count(start // window):
+        drawn = list(itertools.islice(documents, window))
+        order = np.random.default_rng([own_seed, number]).permutation(len(drawn))
+        yield from (drawn[i] for i in order[skipped:])
+        skipped = 0
+        if len(drawn) < window:
+            return
+
+
+def _own_seed(seed: int, name: str) -> int:
+    """A source's order does not change when another source joins it."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little")
 
 
 def source_name(source: SourceConfig) -> str:
-    return source.name or Path(source.path).stem
+    return source.name or Path(source.path).name.removesuffix(".zst").rsplit(".", 1)[0]
+
+
+def check_sources(corpus: CorpusConfig) -> None:
+    """BadInput for paths that lead nowhere and names used twice, before any model or tokenizer is loaded."""
+    if not corpus.sources:
+        raise BadInput(
+            "corpus has no sources. Give corpus=PATH: a .jsonl, .jsonl.zst or .parquet file, a folder of them, or a "
+            "dataset's name."
+        )
+    for source in corpus.sources:
+        check_source(source)
+    name, count = Counter(map(source_name, corpus.sources)).most_common(1)[0]
+    if count > 1:
+        raise BadInput(f"corpus.sources: {count} sources are named {name!r}. Give each a name=NAME of its own.")
 
 
 def check_source(source: SourceConfig) -> None:
-    """BadInput for a path that leads nowhere, before any model or tokenizer is loaded."""
+    """BadInput for a path that leads nowhere."""
     if not source.path:
         raise BadInput(
-            "corpus.sources has a source without a path. Give corpus=PATH: a .jsonl or .parquet file, a folder, or "
-            "a dataset."
+            "corpus.sources has a source without a path. Give corpus=PATH: a .jsonl, .jsonl.zst or .parquet file, a "
+            "folder, or a dataset."
         )
     path = Path(source.path)
-    if path.exists():
-        if path.is_file() and path.suffix not in (".jsonl", ".parquet"):
-            raise BadInput(
-                f"corpus source {path} is a {path.suffix or 'nameless'} file. Give .jsonl or .parquet, or a folder "
-                f"of them."
-            )
-        if path.is_file() and path.stat().st_size == 0:
-            raise BadInput(f"corpus source {path} is empty.")
-    elif path.suffix or path.is_absolute() or source.path.count("/") != 1:
+    if path.is_file() and not path.name.endswith(SUFFIXES):
+        raise BadInput(
+            f"corpus source {path} is a {path.suffix or 'nameless'} file. Give {', '.join(SUFFIXES)}, or a folder of "
+            f"them."
+        )
+    if path.is_file() and path.stat().st_size == 0 or path.is_dir() and not visible_files(path):
+        raise BadInput(f"corpus source {path} is empty.")
+    is_file_name = path.name.endswith(FILE_SUFFIXES)  # the name of a dataset may hold a dot: org/data-1.0
+    if not path.exists() and (is_file_name or path.is_absolute() or source.path.count("/") != 1):
         raise BadInput(
             f"corpus source {path} does not exist. Check corpus.sources; `python -m demo` prepares the demo's corpus."
         )
 
 
-def check_encoding(source: SourceConfig) -> None:
-    """BadInput, with file and line, for JSON Lines that are not UTF-8: found in seconds, where tokens take hours."""
-    for file in _files(source):
-        if file.suffix == ".jsonl":
-            with open(file, "rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    _decoded(line, f"{file}, line {number}")
-
-
-def _files(source: SourceConfig) -> list[Path]:
-    """The local files of a source; none for a dataset."""
-    path = Path(source.path)
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".parquet"))
-    return [path] if path.exists() else []
-
-
-def _records(source: SourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) pairs; `where` names file and line for error messages."""
-    files = _files(source)
-    if not files:
-        yield from _dataset_records(source)
-    for file in files:
-        yield from _jsonl_records(file) if file.suffix == ".jsonl" else _parquet_records(file)
-
-
-def _jsonl_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                record = json.loads(_decoded(line, where))
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{where} is not JSON ({error.msg}). Each line must be one JSON object.") from error
-            if not isinstance(record, dict):
-                raise BadInput(
-                    f'{where} is not a JSON object. Write {{"text": ...}} or {{"messages": [...]}} on each line.'
-                )
-            yield where, record
-
-
-def _decoded(line: bytes, where: str) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
+def check_first_documents(source: SourceConfig, tokenizer: Any) -> None:
+    """BadInput for what the first documents show: a field that is not there, a chat without a template that works, a
+    language that does not occur.
+    """
+    documents = list(itertools.islice(read_source(source), FIRST_DOCUMENTS))
+    if not documents:
+        raise BadInput(f"corpus source {source.path} holds no document. Check the file.")
+    if any(document.messages for document in documents):
+        ChatRenderer(tokenizer)  # refuses a template that is missing or does not work
+    languages = Counter(document.language for document in documents)
+    if source.languages and not any(language in languages for language in source.languages):
+        there = ", ".join(str(language) for language, _ in languages.most_common(10))
         raise BadInput(
-            f"{where} is not UTF-8 ({error.reason} at byte {error.start}). Convert the file, for example with iconv."
-        ) from error
+            f"corpus source {source.path}: none of languages={source.languages} occurs in the first {len(documents)} "
+            f"records; there are: {there}. Write them as the field {source.language_field!r} does."
+        )
 
 
-def _parquet_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    from pyarrow import parquet
-
-    number = 0
-    for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{file}, row {number}", record
+def _documents(source: SourceConfig, start: int, seed: int | None) -> Iterator[Document]:
+    name = source_name(source)
+    for number, (where, record) in enumerate(read_records(source, start, seed), start):
+        yield _document(source, f"{name}/{number}", name, where, record)
 
 
-def _dataset_records(source: SourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-
-    try:
-        records: Iterable[Any] = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True)
-    except Exception as error:  # the library raises many kinds, from connection errors to its own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(
-            f"corpus source {source.path} is neither a file nor a dataset that could be opened ({first}). "
-            "Check the name; a gated dataset needs its terms accepted and HF_TOKEN set."
-        ) from error
-    for number, record in enumerate(records, 1):
-        yield f"{source.path}, row {number}", record
-
-
-def _document(source: SourceConfig, name: str, number: int, where: str, record: dict[str, Any]) -> Document:
+def _document(source: SourceConfig, default_id: str, name: str, where: str, record: Record) -> Document:
     text, messages = record.get(source.text_field), record.get(source.messages_field)
-    if text is None and messages is None:
+    if source.text_field not in record and source.messages_field not in record:
         raise BadInput(
             f"{where} has neither {source.text_field!r} nor {source.messages_field!r}, but {sorted(record)}. "
             "Set text_field or messages_field of the source."
         )
     if messages is not None:
-        messages, text = [_turn(where, turn) for turn in messages], None
-    elif not isinstance(text, str):
+        messages, text = _turns(where, messages), None
+    elif text is not None and not isinstance(text, str):
         raise BadInput(f"{where}: {source.text_field!r} is {type(text).__name__}, not text.")
-    return Document(str(record.get("doc_id", f"{name}/{number}")), name, text, messages, record.get("tags") or {})
+    doc_id = record.get(source.id_field)
+    doc_id = default_id if doc_id is None else str(doc_id)
+    return Document(doc_id, name, text, messages, _tags(record), _language(source, where, record))
+
+
+def _tags(record: Record) -> dict[str, str]:
+    """The record's tags if they are a mapping (a dataset may have a list of that name), without the nulls that Parquet
+    fills it up with.
+    """
+    tags = record.get("tags")
+    return {tag: value for tag, value in tags.items() if value is not None} if isinstance(tags, dict) else {}
+
+
+def _language(source: SourceConfig, where: str, record: Record) -> str | None:
+    if not source.languages:
+        return None
+    if source.language_field not in record:
+        raise BadInput(
+            f"{where} has no field {source.language_field!r} to compare with languages={source.languages}, but "
+            f"{sorted(record)}. Set language_field of the source, or leave languages out."
+        )
+    return record[source.language_field]
+
+
+def _turns(where: str, turns: Any) -> list[dict[str, str]]:
+    if not isinstance(turns, list):
+        raise BadInput(f"{where}: a chat must be a list of turns, not {turns!r:.80}.")
+    return [_turn(where, turn) for turn in turns]
 
 
 def _turn(where: str, turn: Any) -> dict[str, str]:

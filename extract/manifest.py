@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import subprocess
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -17,7 +18,8 @@ from pathlib import Path
 from extract.errors import BadInput
 from extract.publish import publish
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 lacks codecs with scales and spells bf16 "bfloat16"; nothing else differs for a reader
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
 
 
@@ -78,25 +80,38 @@ class Manifest:
             raise BadInput(
                 f"{folder} has no manifest.json: the stage that writes it has not finished. Run it again; it continues."
             )
+        return cls.parse(path.read_bytes(), path)
+
+    @classmethod
+    def parse(cls, data: bytes, source: str | Path) -> Manifest:
+        """The manifest in the bytes `data` that came from `source`, checked as by `read`."""
         try:
-            values = json.loads(path.read_bytes())
+            values = json.loads(data)
             recorded = values.pop("sha256")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise BadInput(
-                f"{path} is damaged ({error}). Delete it and run the stage again; finished shards are kept."
+                f"{source} is damaged ({error}). Delete it and run the stage again; finished shards are kept."
             ) from error
         if recorded != _digest(values):
             raise BadInput(
-                f"{path} was altered: its sha256 does not match. Delete it and run the stage again; finished shards "
+                f"{source} was altered: its sha256 does not match. Delete it and run the stage again; finished shards "
                 f"are kept."
             )
-        if values["format_version"] != FORMAT_VERSION:
-            raise BadInput(
-                f"{path} has format version {values['format_version']}, this release reads {FORMAT_VERSION}. "
-                "Use the release that wrote it, or write the store again."
-            )
+        check_format(source, values["format_version"])
         values["shards"] = [ShardEntry(**entry) for entry in values["shards"]]
+        for entry in values["shards"]:
+            if not re.fullmatch(r"shard-\d+\.tar", entry.file):  # a name that is a path, or a shell's command
+                raise BadInput(f"{source} lists {entry.file!r}, which is no name of a shard.")
         return cls(**values, sha256=recorded)
+
+
+def check_format(path: str | Path, version: object) -> None:
+    """BadInput unless this release reads manifests and indexes of `version`."""
+    if version not in READABLE_VERSIONS:
+        raise BadInput(
+            f"{path} has format version {version}, this release reads {', '.join(map(str, READABLE_VERSIONS))}. "
+            "Use the release that wrote it, or write the store again."
+        )
 
 
 def provenance(composed: dict | None = None) -> dict:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from extract.adapters import adapter_folder, check_adapter, merge_adapter
 from extract.config import ModelConfig, block_of
 from extract.errors import BadInput
 from extract.gguf import convert_gguf
@@ -21,7 +22,9 @@ from extract.gguf import convert_gguf
 
 @dataclass
 class CutModel:
-    """A decoder cut after its last wanted block. `blocks` are the modules whose outputs are the hookpoints."""
+    """A decoder cut after its last wanted block. `blocks` are the modules whose outputs are the hookpoints; token ids
+    go to `device`.
+    """
 
     decoder: nn.Module
     blocks: dict[str, nn.Module]
@@ -53,9 +56,15 @@ def load_tokenizer(name: str, config: ModelConfig) -> Any:
     """The fast tokenizer of model `name`; BadInput if its files are not there."""
     place = model_folder(name, config)
     try:
-        return transformers.AutoTokenizer.from_pretrained(place, revision=config.revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=config.revision)
     except (OSError, ValueError) as error:
         raise _cannot_load(name, place, "tokenizer", error) from error
+    if not tokenizer.is_fast:
+        raise BadInput(
+            f"models.{name}: the tokenizer of {place} ({type(tokenizer).__name__}) has no fast form, which says where "
+            f"in the text each token lies. Add its tokenizer.json, or choose another model."
+        )
+    return tokenizer
 
 
 def check_model(name: str, config: ModelConfig, hookpoints: list[str]) -> int:
@@ -74,27 +83,41 @@ def check_model(name: str, config: ModelConfig, hookpoints: list[str]) -> int:
     place = Path(model_folder(name, config))
     if place.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in place.iterdir()):
         raise BadInput(f"models.{name}.id={config.id} holds no weights: there is no .safetensors or .bin file.")
+    _attention(name, config, architecture)
     if adapter := adapter_folder(name, config):
-        _check_adapter(name, architecture, adapter)
+        check_adapter(name, architecture, adapter)
     return architecture.get_text_config().hidden_size
 
 
-def load_blocks(name: str, config: ModelConfig, hookpoints: list[str], device: str = "cpu") -> CutModel:
+def check_context(name: str, config: ModelConfig, longest: int) -> None:
+    """BadInput for documents of more tokens than the model has positions: some models cannot compute them, for others
+    they are text as they never saw it.
+    """
+    positions = getattr(_architecture(name, config).get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise BadInput(
+            f"corpus.context_length: the tokens hold a document of {longest}, models.{name} has {positions} positions. "
+            f"Make tokens with corpus.context_length={positions} in another store=PATH."
+        )
+
+
+def load_blocks(name: str, config: ModelConfig, hookpoints: list[str], device: str | torch.device = "cpu") -> CutModel:
     """Load model `name` up to the last of `hookpoints`; BadInput as in `check_model`, and for damaged weights.
 
-    A LoRA adapter is merged in float32 before weights are rounded to the configured dtype.
+    A LoRA adapter is merged in float32 before weights are rounded to the configured dtype. With `device_map: auto` the
+    blocks are spread over all GPUs that the process sees, and `device` is not used.
     """
     check_model(name, config, hookpoints)
     num_wanted = max(block_of(hookpoint) for hookpoint in hookpoints) + 1
     adapter = adapter_folder(name, config)
-    model = _load_cut(name, config, num_wanted, with_head=adapter is not None)
-    if adapter:  # adapters name their modules from the model with a head
-        from peft import PeftModel  # slow to import, and most models need none
-
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().get_decoder()
-    model = model.to(device=torch.device(device), dtype=getattr(torch, config.dtype)).eval()
-    blocks = _blocks(model, num_wanted)
-    return CutModel(model, {hookpoint: blocks[block_of(hookpoint)] for hookpoint in hookpoints}, torch.device(device))
+    decoder = _load_cut(name, config, num_wanted, torch.float32 if adapter else getattr(torch, config.dtype))
+    if adapter:
+        merge_adapter(decoder, adapter)
+        decoder = decoder.to(dtype=getattr(torch, config.dtype))
+    decoder = (_spread(decoder) if config.device_map == "auto" else decoder.to(device=torch.device(device))).eval()
+    blocks = _blocks(decoder, num_wanted)
+    first = next(decoder.parameters()).device
+    return CutModel(decoder, {hookpoint: blocks[block_of(hookpoint)] for hookpoint in hookpoints}, first)
 
 
 def _architecture(name: str, config: ModelConfig) -> Any:
@@ -105,8 +128,24 @@ def _architecture(name: str, config: ModelConfig) -> Any:
         raise _cannot_load(name, place, "config.json", error) from error
 
 
-def _load_cut(name: str, config: ModelConfig, num_wanted: int, with_head: bool) -> Any:
-    """The model with its first `num_wanted` blocks."""
+def _attention(name: str, config: ModelConfig, architecture: Any) -> str | None:
+    """The attention to ask transformers for; None = its own choice for the architecture.
+
+    Gemma-2 caps its attention logits, cap * tanh(logits / cap); sdpa cannot, and some releases of transformers then
+    leave the cap out without a word.
+    """
+    if getattr(architecture.get_text_config(), "attn_logit_softcapping", None) is None:
+        return config.attention
+    if config.attention == "sdpa":
+        raise BadInput(
+            f"models.{name}.attention=sdpa leaves out the soft-capping of attention logits that {config.id} was "
+            f"trained with. Leave it out (eager is chosen), or use flash_attention_2 or flex_attention."
+        )
+    return config.attention or "eager"
+
+
+def _load_cut(name: str, config: ModelConfig, num_wanted: int, dtype: torch.dtype) -> Any:
+    """The decoder with its first `num_wanted` blocks; the head of the language model is not part of it."""
     place, architecture = model_folder(name, config), _architecture(name, config)
     text = architecture.get_text_config()
     text.num_hidden_layers = num_wanted
@@ -114,17 +153,26 @@ def _load_cut(name: str, config: ModelConfig, num_wanted: int, with_head: bool) 
         text.layer_types = text.layer_types[:num_wanted]
     transformers.logging.set_verbosity_error()  # or it reports every weight beyond the cut as unexpected
     transformers.logging.disable_progress_bar()
-    loader: Any = transformers.AutoModelForCausalLM if with_head else transformers.AutoModel
     try:
-        return loader.from_pretrained(
+        return transformers.AutoModel.from_pretrained(
             place,
             revision=config.revision,
             config=architecture,
-            dtype=torch.float32 if with_head else getattr(torch, config.dtype),
-            attn_implementation=config.attention,
+            dtype=dtype,
+            attn_implementation=_attention(name, config, architecture),
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _cannot_load(name, place, "model", error) from error
+
+
+def _spread(decoder: Any) -> Any:
+    """The decoder on all visible GPUs, whole blocks in turn, each device given about the same share."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = decoder._no_split_modules
+    memory = get_balanced_memory(decoder, no_split_module_classes=whole)
+    return dispatch_model(decoder, infer_auto_device_map(decoder, memory, no_split_module_classes=whole))
 
 
 def model_folder(name: str, config: ModelConfig) -> str:
@@ -139,59 +187,6 @@ def model_folder(name: str, config: ModelConfig) -> str:
             f"org/name."
         )
     return config.id
-
-
-def adapter_folder(name: str, config: ModelConfig) -> Path | None:
-    """The folder of the model's LoRA adapter, fetched from the hub if it is not a local one."""
-    if config.adapter is None:
-        return None
-    folder = Path(config.adapter)
-    if not folder.is_dir():
-        if config.adapter.count("/") != 1:
-            raise BadInput(
-                f"models.{name}.adapter={config.adapter} is not a folder. Give a folder with adapter_config.json, "
-                f"or a hub id."
-            )
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(config.adapter))
-        except Exception as error:  # connection, authorisation, not found: the library raises many kinds
-            raise _cannot_load(name, config.adapter, "adapter", error) from error
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).exists():
-            raise BadInput(
-                f"models.{name}.adapter={config.adapter} lacks {file}. Save the adapter with peft's save_pretrained."
-            )
-    return folder
-
-
-def _check_adapter(name: str, architecture: Any, adapter: Path) -> None:
-    """BadInput unless every LoRA matrix has a module of its name and width in the whole model (built without
-    memory).
-    """
-    with torch.device("meta"):
-        modules = dict(transformers.AutoModelForCausalLM.from_config(architecture).named_modules())
-    with _open_adapter(name, adapter) as file:
-        for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            path, found, _ = key.removeprefix("base_model.model.").partition(".lora_A")
-            if not found:
-                continue
-            weight = getattr(modules.get(path), "weight", None)
-            width = file.get_slice(key).get_shape()[-1]
-            if weight is None or width not in weight.shape:
-                there = "has no such module" if weight is None else f"has width {weight.shape[-1]} there"
-                raise BadInput(
-                    f"models.{name}.adapter={adapter} belongs to another model: {path} takes width {width}, "
-                    f"models.{name}.id {there}."
-                )
-
-
-def _open_adapter(name: str, adapter: Path) -> Any:
-    try:
-        return safe_open(adapter / "adapter_model.safetensors", "pt")
-    except SafetensorError as error:
-        raise _cannot_load(name, str(adapter), "adapter", error) from error
 
 
 def _blocks(model: nn.Module, expected: int) -> nn.ModuleList:

@@ -1,12 +1,13 @@
 """Publishing files: a path holds all of its content, safely on disk, or does not exist.
 
-Everything is written under a `.partial` name, synced, and renamed. Whoever dies on the way leaves a `.partial` that
-nobody reads.
+Everything is written under a `.partial` name of its own, synced, and renamed: processes that publish the same path at
+the same time do not touch each other's bytes. Whoever dies on the way leaves a `.partial` that nobody reads.
 """
 
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ def publish(path: Path, data: bytes | memoryview) -> None:
 @contextmanager
 def publishing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that becomes `path` when the block ends, or nothing when it raises."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     try:
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +33,17 @@ def publishing(path: Path) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             rename(partial, path)
     finally:
+        partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """A name beside `path`, never used before, to write to until the content is whole."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left in a folder that is now complete."""
+    for partial in folder.glob("*.partial"):
         partial.unlink(missing_ok=True)
 
 

@@ -7,27 +7,30 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from extract.archive import ShardWriter, finished_shard, read_index, shard_path, start_folder
+from extract.archive import Member, ShardWriter, finished_shard, read_index, shard_path, start_folder
+from extract.codecs import Codec, Encoded, codec_named, codec_of, decode, encode, serialise
+from extract.config import block_of
 from extract.errors import BadInput
 from extract.manifest import Manifest, ShardEntry, provenance
-from extract.stats import ActivationStatistics
-from extract.stores import SAFETENSORS_DTYPES, TokenDocument, TokenStore
+from extract.publish import remove_partials
+from extract.remote import refuse_writing
+from extract.stats import ActivationStatistics, measure
+from extract.stores import TokenDocument, TokenStore
 
 
 def key_of(document: int) -> str:
     return f"{document:09d}"
 
 
-def token_members(document: TokenDocument) -> dict[str, bytes]:
+def token_members(document: TokenDocument) -> dict[str, Member]:
     """The members of a token sample."""
     values = asdict(document)
     del values["key"], values["token_ids"]
@@ -39,10 +42,12 @@ def token_members(document: TokenDocument) -> dict[str, bytes]:
     }
 
 
-def activation_members(acts_ND: Tensor) -> dict[str, bytes]:
-    """The members of an activation sample. The norms are those of the stored, rounded values."""
-    acts_ND = acts_ND.contiguous()
-    return {"safetensors": safetensors.torch.save({"acts": acts_ND, "norms": acts_ND.float().norm(dim=1)})}
+def activation_members(encoded: Encoded, norms_N: Tensor) -> dict[str, Member]:
+    """The members of an activation sample: views of the tensors' memory. The norms are those of the decoded values."""
+    tensors = {"acts": encoded.codes_ND, "norms": norms_N.float()}
+    if encoded.scales_N is not None:
+        tensors["scales"] = encoded.scales_N
+    return {"safetensors": serialise(tensors)}
 
 
 def write_tokens(
@@ -51,21 +56,27 @@ def write_tokens(
     settings: dict | None = None,
     tokens_per_shard: int = 1_000_000,
     composed: dict | None = None,
+    finished: Sequence[ShardEntry] = (),
+    resume: Callable[[], dict] | None = None,
 ) -> Manifest:
     """Write documents as `<store>/tokens`, in their order, and return the manifest. Keys are given by position.
 
-    `settings` decide the content; `composed`, the whole configuration, is kept for the record.
+    `settings` decide the content; `composed`, the whole configuration, is kept for the record. With `finished`, the
+    first shards of an earlier attempt, `documents` are those after them. `resume` says where the documents' sources
+    stand; what it returns is kept in the index of every shard and in the manifest's provenance.
     """
+    refuse_writing(store)
     folder = Path(store) / "tokens"
     settings = {"tokens_per_shard": tokens_per_shard, **(settings or {})}
     start_folder(folder, settings)
-    entries = []
-    for number, group in enumerate(_grouped(documents, tokens_per_shard)):
+    entries = list(finished)
+    before = sum(entry.documents for entry in entries)
+    for number, group in enumerate(_grouped(documents, tokens_per_shard), len(entries)):
         with ShardWriter(folder, number) as writer:
             for position, document in group:
-                document.key = key_of(position)
+                document.key = key_of(before + position)
                 writer.add(document.key, token_members(document), len(document.token_ids))
-            entries.append(writer.finish())
+            entries.append(writer.finish(resume=resume() if resume else None))
     if not entries:
         raise BadInput(
             f"There are no documents to write to {folder}. Check the corpus: it is empty or everything was filtered "
@@ -77,9 +88,10 @@ def write_tokens(
         tokens=sum(entry.tokens for entry in entries),
         shards=entries,
         settings=settings,
-        provenance=provenance(composed),
+        provenance={**provenance(composed), **(resume() if resume else {})},
     )
     manifest.write(folder)
+    remove_partials(folder)
     return manifest
 
 
@@ -87,6 +99,8 @@ def _grouped(documents: Iterable[TokenDocument], tokens_per_shard: int) -> Itera
     """Consecutive (position, document) groups of at least `tokens_per_shard` tokens; the last may be smaller."""
     group, tokens = [], 0
     for position, document in enumerate(documents):
+        if not len(document.token_ids):
+            raise BadInput(f"Document {position} (doc_id {document.doc_id!r}) has no tokens. Leave it out.")
         group.append((position, document))
         tokens += len(document.token_ids)
         if tokens >= tokens_per_shard:
@@ -97,28 +111,71 @@ def _grouped(documents: Iterable[TokenDocument], tokens_per_shard: int) -> Itera
 
 
 def write_activations(
-    store: str | Path, model: str, hookpoint: str, documents: Iterable[tuple[str, Tensor]], skip_first_tokens: int = 1
+    store: str | Path,
+    model: str,
+    hookpoint: str,
+    documents: Iterable[tuple[str, Tensor]],
+    skip_first_tokens: int = 1,
+    codec: str | None = None,
 ) -> Manifest:
     """Write activations of your own beside the tokens of a store, as `<store>/activations/<model>/<hookpoint>`.
+
+    For models that the project does not load, or places that it does not hook: anything that gives one vector a token.
+    `hookpoint` must read like "block15", because that is what the later stages look for; what it stands for is yours.
+
+        >>> import torch
+        >>> from extract.shards import write_activations, write_tokens
+        >>> from extract.stores import ActivationStore, TokenDocument, TokenStore
+        >>> texts = {"a": "to be or not", "b": "to be"}
+        >>> words = sorted({word for text in texts.values() for word in text.split()})
+        >>> def document(name, text):
+        ...     token_ids = np.array([words.index(word) for word in text.split()])
+        ...     return TokenDocument(key="", doc_id=name, source="mine", token_ids=token_ids, text=text)
+        >>> tokens = write_tokens(store, [document(name, text) for name, text in texts.items()])
+
+        The model is any module; a forward hook catches what one of its layers gives.
+
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(len(words), 8), torch.nn.Linear(8, 8), torch.nn.ReLU())
+        >>> caught = []
+        >>> hook = model[1].register_forward_hook(lambda module, args, output: caught.append(output.detach()))
+        >>> def activations():
+        ...     for document in TokenStore(store / "tokens"):
+        ...         model(torch.from_numpy(document.token_ids.astype(np.int64)))
+        ...         yield document.key, caught.pop().bfloat16()
+        >>> manifest = write_activations(store, "base", "block1", activations())
+        >>> ActivationStore(store / "activations" / "base" / "block1").document(0).shape
+        torch.Size([4, 8])
+
+    Once every model of a pair has its activations, `python -m train` with the same `store` reads them like its own.
 
     Args:
         store: a folder that holds `tokens/` (see `write_tokens`).
         model: the name under which a crosscoder will ask for them, such as "base".
         hookpoint: where they were taken, such as "block15".
         documents: (key, (N, D) tensor) pairs with the keys, order and lengths of the token documents; bf16, fp16 or
-            fp32, one dtype and D.
+            fp32, one dtype and D, on any device. Each is written before the next is asked for.
         skip_first_tokens: leading positions that the statistics leave out (attention sinks).
+        codec: "bf16", "fp16", "fp32", "fp8" or "int8" (`extract.codecs` has equations and error bounds); None keeps
+            the tensors' own dtype.
 
     Raises:
-        BadInput: keys, lengths, widths or dtypes that do not fit, or a value that is not finite, naming the document.
+        BadInput: keys, lengths, widths or dtypes that do not fit, or a value that is not finite or too large for the
+            codec, naming the document.
     """
+    refuse_writing(store)
+    block_of(hookpoint)  # refuses names that no later stage would find
     tokens = TokenStore(Path(store) / "tokens")
     folder = Path(store) / "activations" / model / hookpoint
-    settings = {"model": {"name": model}, "hookpoint": hookpoint, "skip_first_tokens": skip_first_tokens}
+    settings = {
+        "model": {"name": model},
+        "hookpoint": hookpoint,
+        "skip_first_tokens": skip_first_tokens,
+        "codec": codec,
+    }
     start_folder(folder, settings)
     iterator = iter(documents)
     for number, numbers in enumerate(tokens.shard_documents()):
-        write_activation_shard(folder, number, tokens, numbers, iterator, skip_first_tokens)
+        write_activation_shard(folder, number, tokens, numbers, iterator, skip_first_tokens, codec)
     if (extra := next(iterator, None)) is not None:
         raise BadInput(f"Activations of {model} go on after the last token document, with key {extra[0]!r}.")
     return finish_activations(folder, tokens, settings)
@@ -131,38 +188,67 @@ def write_activation_shard(
     numbers: range,
     documents: Iterator[tuple[str, Tensor]],
     skip_first_tokens: int,
+    codec: str | None = None,
 ) -> ShardEntry:
-    """Write the activations of the token documents `numbers` as shard `number`; see `write_activations`."""
-    statistics = None
+    """Write the activations of the token documents `numbers` as shard `number`; see `write_activations`.
+
+    Norms and statistics are those of the decoded values: what a reader will see.
+    """
+    chosen, first = codec_named(codec) if codec else None, None
+    statistics = ActivationStatistics.empty(0)
     with ShardWriter(folder, number) as writer:
         for i in numbers:
             key, acts_ND = next(documents, (None, torch.empty(0, 0)))
-            _check_activations(folder, key, acts_ND, tokens, i)
-            writer.add(tokens.keys[i], activation_members(acts_ND), len(acts_ND))
-            statistics = statistics or ActivationStatistics.empty(acts_ND.shape[1])
-            if len(statistics.sum) != acts_ND.shape[1]:
-                raise BadInput(
-                    f"Activations of {key} have width {acts_ND.shape[1]}, those before {len(statistics.sum)}."
-                )
-            statistics += ActivationStatistics.of(acts_ND[skip_first_tokens:])
-        return writer.finish(statistics, str(acts_ND.dtype).removeprefix("torch."))
+            own = _check_activations(folder, key, acts_ND, tokens, i)
+            used = chosen or own
+            encoded = encode(used, acts_ND.detach()).cpu()
+            part, norms_N = _measure(encoded, skip_first_tokens)
+            if not norms_N.isfinite().all():
+                raise _not_finite(folder, acts_ND, used, tokens, i)
+            kind = f"width {acts_ND.shape[1]} in {used.name}"
+            if kind != (first or kind):
+                raise BadInput(f"Activations of {key} have {kind}, those before {first}. Give one width and one dtype.")
+            statistics, first = statistics + part if first else part, kind
+            writer.add(tokens.keys[i], activation_members(encoded, norms_N), len(acts_ND))
+        return writer.finish(statistics, used.name)
 
 
-def _check_activations(folder: Path, key: str | None, acts_ND: Tensor, tokens: TokenStore, i: int) -> None:
-    """BadInput, naming the document, unless these are finite activations of document `i`, one row per token."""
+def _measure(encoded: Encoded, skip_first_tokens: int) -> tuple[ActivationStatistics, Tensor]:
+    """Statistics over positions >= skip_first_tokens and the norms (N,) float64 of all, of the decoded values."""
+    x_ND = decode(encoded)
+    statistics, norms_N = measure(x_ND[skip_first_tokens:])
+    return statistics, torch.cat([x_ND[:skip_first_tokens].double().norm(dim=1), norms_N])
+
+
+def _check_activations(folder: Path, key: str | None, acts_ND: Tensor, tokens: TokenStore, i: int) -> Codec:
+    """The codec of the tensor's own dtype; BadInput, naming the document, unless these are activations of document
+    `i`, one row per token.
+    """
+    own = codec_of(acts_ND.dtype)
     if key != tokens.keys[i]:
         wrong = f"are missing: got key {key!r}. Give every token document's activations, in the order of the tokens."
     elif acts_ND.dim() != 2 or len(acts_ND) != tokens.lengths[i]:
         shape = tuple(acts_ND.shape)
         wrong = f"have shape {shape}, expected ({tokens.lengths[i]}, d_model): one row per token."
-    elif acts_ND.dtype not in SAFETENSORS_DTYPES.values():
-        wrong = f"are {acts_ND.dtype}; store bfloat16, float16 or float32."
-    elif not torch.isfinite(acts_ND).all():
-        wrong = "are not finite. Try dtype=float32 for this model, or another attention implementation."
+    elif own is None:
+        wrong = f"are {acts_ND.dtype}; give bfloat16, float16 or float32."
     else:
-        return
+        return own
+    raise _refusal(folder, tokens, i, wrong)
+
+
+def _not_finite(folder: Path, acts_ND: Tensor, codec: Codec, tokens: TokenStore, i: int) -> BadInput:
+    if torch.isfinite(acts_ND).all():
+        largest = f"{float(acts_ND.abs().max()):g}"
+        wrong = f"reach {largest}, too large for codec {codec.name}. Choose activations.codec=bf16, or fp32."
+    else:
+        wrong = "are not finite. Try dtype=float32 for this model, or another attention implementation."
+    return _refusal(folder, tokens, i, wrong)
+
+
+def _refusal(folder: Path, tokens: TokenStore, i: int, wrong: str) -> BadInput:
     doc_id = tokens.document(i).doc_id
-    raise BadInput(f"{folder}: activations of document {tokens.keys[i]} (doc_id {doc_id!r}) {wrong}")
+    return BadInput(f"{folder}: activations of document {tokens.keys[i]} (doc_id {doc_id!r}) {wrong}")
 
 
 def finish_activations(folder: Path, tokens: TokenStore, settings: dict, composed: dict | None = None) -> Manifest:
@@ -177,6 +263,11 @@ def finish_activations(folder: Path, tokens: TokenStore, settings: dict, compose
         raise BadInput(f"{folder} lacks {', '.join(missing)}: run the extraction again, it writes what is missing.")
     indexes = [read_index(path.with_suffix(".index")) for path in paths]
     parts = [ActivationStatistics.from_json(index["statistics"]) for index in indexes]
+    kinds = {f"width {len(part.sum)} in {index['dtype']}" for part, index in zip(parts, indexes, strict=True)}
+    if len(kinds) > 1:
+        raise BadInput(
+            f"The shards of {folder} differ: {', '.join(sorted(kinds))}. Delete the folder and write it anew."
+        )
     statistics = sum(parts[1:], start=parts[0])
     manifest = Manifest(
         kind="activations",
@@ -193,4 +284,5 @@ def finish_activations(folder: Path, tokens: TokenStore, settings: dict, compose
         statistics=statistics.to_json(),
     )
     manifest.write(folder)
+    remove_partials(folder)
     return manifest

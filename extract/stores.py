@@ -1,4 +1,7 @@
-"""Reading stores: token and activation folders, documents by their numbers, activations mapped rather than copied."""
+"""Reading stores: token and activation folders, documents by their numbers, activations mapped rather than copied.
+
+A store's location is a folder or a URL; see `extract.remote` for what a URL may be and where its content is kept.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +19,13 @@ import torch
 from torch import Tensor
 
 from extract.archive import MappedShard
+from extract.codecs import Encoded, decode, deserialise
 from extract.errors import BadInput
 from extract.manifest import Manifest
+from extract.remote import is_url, mount, origin_of
 from extract.stats import ActivationStatistics
 
-SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+INDEX_THREADS = 16  # that fetch the indexes of a remote store: each waits for the network most of the time
 
 
 @dataclass
@@ -61,11 +67,11 @@ class _Store:
     kind: str
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = mount(str(folder)) if is_url(folder) else Path(folder)
         self.manifest = Manifest.read(self.folder)
         if self.manifest.kind != self.kind:
             raise BadInput(f"{self.folder} holds {self.manifest.kind}, not {self.kind}. Check the path.")
-        self._shards = [MappedShard(self.folder, entry) for entry in self.manifest.shards]
+        self._shards = _open_shards(self.folder, self.manifest)
         documents = [shard.index["documents"] for shard in self._shards]
         self._starts = np.cumsum([0] + [len(keys) for keys in documents])
         self.keys = [key for keys in documents for key, _ in keys]
@@ -93,6 +99,14 @@ class _Store:
         return self._shards[int(np.searchsorted(self._starts, document, side="right")) - 1]
 
 
+def _open_shards(folder: Path, manifest: Manifest) -> list[MappedShard]:
+    origin = origin_of(folder)
+    if origin is None:
+        return [MappedShard(folder, entry) for entry in manifest.shards]
+    with ThreadPoolExecutor(INDEX_THREADS) as threads:
+        return list(threads.map(lambda entry: MappedShard(folder, entry, origin), manifest.shards))
+
+
 class TokenStore(_Store):
     """Token shards: `<key>.json` (what the document is) and `<key>.tokens.npy` (uint32 (N,))."""
 
@@ -112,11 +126,16 @@ class TokenStore(_Store):
 
 
 class ActivationStore(_Store):
-    """Activation shards of one model at one hookpoint: `<key>.safetensors` with `acts` (N, D) and `norms` (N,)
-    float32.
+    """Activation shards of one model at one hookpoint: `<key>.safetensors` with `acts` (N, D), `norms` (N,) float32
+    and, for codecs that have them, `scales` (N,) float32.
     """
 
     kind = "activations"
+
+    def __init__(self, folder: str | Path):
+        super().__init__(folder)
+        self._codes: dict[int, np.ndarray] = {}  # (N, bytes of a row) uint8
+        self._scales: dict[int, np.ndarray] = {}
 
     @property
     def d_model(self) -> int:
@@ -130,21 +149,40 @@ class ActivationStore(_Store):
         return ActivationStatistics.from_json(self.manifest.statistics)
 
     def document(self, document: int) -> Tensor:
-        """Activations (N, D) in the stored dtype, mapped, not copied: position i is token i."""
-        return self._tensor(document, "acts")
+        """Activations (N, D), position i being token i: bf16, fp16 and fp32 as stored, mapped, not copied; float32
+        decoded from fp8 and int8.
+        """
+        return decode(self.encoded(document))
+
+    def encoded(self, document: int) -> Encoded:
+        """The document as it is stored, mapped, not copied: codes (N, D), and scales (N,) where its codec has them."""
+        tensors = self._tensors(document)
+        return Encoded(tensors["acts"], tensors.get("scales"))
 
     def norms(self, document: int) -> Tensor:
-        """Euclidean norms (N,) float32 of the document's activations."""
-        return self._tensor(document, "norms")
+        """Euclidean norms (N,) float32 of the document's decoded activations."""
+        return self._tensors(document)["norms"]
 
-    def _tensor(self, document: int, name: str) -> Tensor:
-        shard = self._shard_of(document)
-        offset, _ = shard.members[f"{self.keys[document]}.safetensors"]
-        header_size = int.from_bytes(shard.map[offset : offset + 8], "little")
-        spec = json.loads(shard.map[offset + 8 : offset + 8 + header_size])[name]
-        start, end = spec["data_offsets"]
-        dtype = SAFETENSORS_DTYPES[spec["dtype"]]
-        flat = torch.frombuffer(
-            shard.map, dtype=dtype, count=(end - start) // dtype.itemsize, offset=offset + 8 + header_size + start
-        )
-        return flat.view(spec["shape"])
+    def gather(self, documents_B: list[int], positions_B: list[int]) -> Tensor:
+        """Activations (B, D) of any tokens, each by its document and its position there; decoded as by `document`."""
+        places = list(zip(documents_B, positions_B, strict=True))
+        for document in set(documents_B) - self._codes.keys():
+            self._remember(document)
+        codes, scales = self._codes, self._scales
+        rows = np.concatenate([codes[document][position] for document, position in places])
+        codes_BD = torch.from_numpy(rows).view(self._dtype).view(len(places), self.d_model)
+        if not scales:
+            return codes_BD
+        scales_B = torch.tensor([scales[document][position] for document, position in places], dtype=torch.float32)
+        return decode(Encoded(codes_BD, scales_B))
+
+    def _remember(self, document: int) -> None:
+        """Keep where the document's rows are mapped: reading single rows would mostly parse headers."""
+        encoded = self.encoded(document)
+        self._dtype = encoded.codes_ND.dtype
+        self._codes[document] = encoded.codes_ND.view(torch.uint8).numpy()
+        if encoded.scales_N is not None:
+            self._scales[document] = encoded.scales_N.numpy()
+
+    def _tensors(self, document: int) -> dict[str, Tensor]:
+        return deserialise(self._shard_of(document).member(f"{self.keys[document]}.safetensors"))

@@ -1,202 +1,150 @@
 """Documents -> token shards: `python -m extract.tokens experiment=STUDY`.
 
 Every model of a study reads the same tokens, so they are made once. Token shard i fixes which documents every
-activation shard i holds, and in which order.
+activation shard i holds, and in which order. Its index keeps where every source stands after it: a run that died is
+continued after its last shard, and ends with the same bytes as one that did not.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from extract.archive import start_folder
+from extract.archive import MappedShard, finished_shard, read_index, read_settings, shard_path, start_folder
 from extract.command import run
-from extract.config import CorpusConfig, ExtractSettings
-from extract.corpus import Document, check_encoding, check_source, read_source, source_name
-from extract.errors import BadInput
-from extract.models import load_tokenizer
+from extract.config import ExtractSettings
+from extract.corpus import check_first_documents, check_sources, source_name
+from extract.fingerprint import check_unchanged, fingerprints
+from extract.manifest import ShardEntry
+from extract.mixing import Mixture, SourceState, content_digest, digest_of
+from extract.publish import publish
+from extract.records import check_encoding
 from extract.shards import write_tokens
 from extract.stores import TokenDocument, TokenStore
+from extract.tokenizer import study_tokenizer, tokenizer_sha256
 
 
 def make_tokens(settings: ExtractSettings) -> TokenStore:
-    """Write `<store>/tokens` unless it is there; returns it opened."""
+    """Write `<store>/tokens` unless it is there; returns it opened.
+
+    Raises:
+        BadInput: a corpus that cannot be read, another corpus or other settings than the folder was begun with, models
+            with different tokenizers.
+    """
     folder, corpus = settings.tokens_folder, settings.corpus
-    if not corpus.sources:
-        raise BadInput(
-            "corpus has no sources. Give corpus=PATH: a .jsonl or .parquet file, a folder of them, or a dataset's name."
-        )
-    for source in corpus.sources:
-        check_source(source)
+    check_sources(corpus)
     tokenizer = study_tokenizer(settings)
-    made_with = {"corpus": asdict(corpus), "tokenizer_sha256": tokenizer_sha256(tokenizer)}
+    made_with = decisive_settings(settings, tokenizer)
+    _check_begun(settings, made_with)
     if not (folder / "manifest.json").exists():
         for source in corpus.sources:
             check_encoding(source)
+            check_first_documents(source, tokenizer)
     start_folder(folder, {"tokens_per_shard": corpus.tokens_per_shard, **made_with})
     if not (folder / "manifest.json").exists():
-        with closing(_progress(mixed(corpus, tokenizer), corpus)) as documents:  # no bar after an error's line
-            write_tokens(settings.store, documents, made_with, corpus.tokens_per_shard, asdict(settings))
+        _write(settings, tokenizer, made_with)
     store = TokenStore(folder)
     print(f"tokens: {store.num_documents:,} documents, {store.num_tokens:,} tokens in {folder}")
     return store
 
 
-def mixed(corpus: CorpusConfig, tokenizer: Any) -> Iterator[TokenDocument]:
-    """Documents of all sources, interleaved so that their shares of the tokens are kept at every point.
+def decisive_settings(settings: ExtractSettings, tokenizer: Any) -> dict:
+    """All that decides the tokens: kept with them, and equal when work on them is continued."""
+    corpus = settings.corpus
+    return {
+        "corpus": asdict(corpus),
+        "seed": settings.seed if corpus.shuffle_buffer else None,
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "files": {file: entry for source in corpus.sources for file, entry in fingerprints(source).items()},
+    }
 
-    The next document comes from the source with the smallest (tokens taken) / share. With `num_tokens` each source
-    gives exactly its share of them, the last document cut to fit; without, every document comes once.
 
-    Raises:
-        BadInput: a source that holds less than its share, or nothing.
+def _check_begun(settings: ExtractSettings, made_with: dict) -> None:
+    """BadInput when there are tokens of the same sources, but their files have changed since.
+
+    A change behind all that was read is none: a mistake in the middle of a corpus can be mended, and the shards before
+    it are kept.
     """
-    total_share = sum(source.share for source in corpus.sources)
-    streams = [encode(corpus, tokenizer, read_source(source)) for source in corpus.sources]
-    budgets = _budgets(corpus, total_share)
-    taken = [0] * len(streams)
-    open_sources = [i for i, budget in enumerate(budgets) if budget is None or budget > 0]
-    while open_sources:
-        i = min(open_sources, key=lambda j: taken[j] / corpus.sources[j].share)
-        document, budget = next(streams[i], None), budgets[i]
-        if document is None and budget is not None:
-            name = source_name(corpus.sources[i])
-            raise BadInput(
-                f"corpus source {name} holds {taken[i]} tokens; its share of corpus.num_tokens={corpus.num_tokens} "
-                f"is {budget}. "
-                "Lower num_tokens or its share, or set num_tokens=null."
-            )
-        if document is None and not taken[i]:
-            raise BadInput(
-                f"corpus source {corpus.sources[i].path} holds no document of corpus.min_tokens={corpus.min_tokens} or "
-                f"more tokens. Check the file, or lower min_tokens."
-            )
-        if document is None:
-            open_sources.remove(i)
-            continue
-        if budget is not None:
-            document = cut(document, min(len(document.token_ids), budget - taken[i]))
-        taken[i] += len(document.token_ids)
-        if budget is not None and taken[i] == budget:
-            open_sources.remove(i)
-        yield document
+    folder = settings.tokens_folder
+    path = folder / "settings.json"
+    if not path.exists() or not any(folder.glob("shard-*.tar")):
+        return
+    before = read_settings(path)
+    files = before.get("files", {})
+    if before.get("corpus") != made_with["corpus"] or files == made_with["files"]:
+        return
+    if (folder / "manifest.json").exists() or not _is_same_so_far(settings):
+        check_unchanged(folder, files, made_with["files"])
+    publish(path, json.dumps({**before, "files": made_with["files"]}, indent=1).encode())
 
 
-def _budgets(corpus: CorpusConfig, total_share: float) -> list[int | None]:
-    """Tokens of each source, summing to num_tokens exactly: cumulative shares are rounded, not each share."""
-    if corpus.num_tokens is None:
-        return [None] * len(corpus.sources)
-    cumulative = np.cumsum([source.share for source in corpus.sources]) / total_share
-    edges = np.rint(cumulative * corpus.num_tokens).astype(int)
-    return [int(budget) for budget in np.diff(edges, prepend=0)]
+def _is_same_so_far(settings: ExtractSettings) -> bool:
+    """Whether the sources still begin with the documents that the finished shards were made from."""
+    corpus, (_, resume) = settings.corpus, finished_shards(settings.tokens_folder)
+    stands = [(source, resume["sources"][source_name(source)]) for source in corpus.sources] if resume else []
+    return all(digest_of(corpus, source, settings.seed, s["read"]) == s["digest"] for source, s in stands)
 
 
-def encode(corpus: CorpusConfig, tokenizer: Any, documents: Iterator[Document]) -> Iterator[TokenDocument]:
-    """Token documents of at least `min_tokens`, cut to `context_length`."""
-    for document in documents:
-        encoded = encode_chat(tokenizer, document) if document.messages else encode_text(tokenizer, document)
-        if len(encoded.token_ids) >= corpus.min_tokens:
-            yield cut(encoded, corpus.context_length)
+def _write(settings: ExtractSettings, tokenizer: Any, made_with: dict) -> None:
+    """Write the shards that are missing, then the manifest."""
+    folder, corpus = settings.tokens_folder, settings.corpus
+    names = [source_name(source) for source in corpus.sources]
+    finished, resume = finished_shards(folder)
+    states = [SourceState(**resume["sources"][name]) for name in names] if resume else None
+    seen = contents(folder, finished) if corpus.deduplicate else None
+    if finished:
+        print(f"{folder}: {len(finished)} shards are there; going on after them")
+    mixture = Mixture(corpus, tokenizer, settings.seed, states, seen)
 
+    def stand() -> dict:
+        return {"sources": {name: asdict(state) for name, state in zip(names, mixture.states, strict=True)}}
 
-def encode_text(tokenizer: Any, document: Document) -> TokenDocument:
-    """Plain text, with the special tokens that the tokenizer adds by itself (BOS for most models)."""
-    token_ids = np.array(tokenizer(document.text)["input_ids"], dtype=np.uint32)
-    return TokenDocument("", document.doc_id, document.source, token_ids, text=document.text, tags=document.tags)
-
-
-def encode_chat(tokenizer: Any, document: Document) -> TokenDocument:
-    """A chat rendered with the tokenizer's template (which brings its own BOS), with the token span of every turn's
-    content.
-    """
-    if not tokenizer.chat_template:
-        raise BadInput(
-            f"document {document.doc_id} of {document.source} is a chat, but no model of the study has a chat "
-            f"template. "
-            "Add a model that has one, or give plain text."
+    with closing(_progress(mixture)) as documents:  # no bar after an error's line
+        write_tokens(
+            settings.store, documents, made_with, corpus.tokens_per_shard, asdict(settings), finished, resume=stand
         )
-    rendered = tokenizer.apply_chat_template(document.messages, tokenize=False)
-    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-    token_ids = np.array(encoded["input_ids"], dtype=np.uint32)
-    roles = role_spans(rendered, document.messages or [], encoded["offset_mapping"])
-    return TokenDocument(
-        "", document.doc_id, document.source, token_ids, messages=document.messages, roles=roles, tags=document.tags
-    )
+    total = sum(state.tokens for state in mixture.states)
+    for name, state in zip(names, mixture.states, strict=True):
+        print(f"source {name}: {state.tokens / total:.1%} of the tokens; {state}")
 
 
-def role_spans(
-    rendered: str, messages: list[dict[str, str]], offsets: list[tuple[int, int]]
-) -> list[tuple[str, int, int]]:
-    """(role, first token, one past the last token) of each turn's content, found in order in the rendered chat.
-
-    A token belongs to a content when it lies wholly inside its characters. A content that the template altered (trimmed
-    beyond white space, say) has no span: its tokens count as the template's.
-    """
-    spans, position = [], 0
-    for turn in messages:
-        content = turn["content"].strip()
-        start = rendered.find(content, position)
-        if start < 0 or not content:
-            continue
-        position = start + len(content)
-        inside = [i for i, (first, last) in enumerate(offsets) if start <= first < last <= position]
-        if inside:
-            spans.append((turn["role"], inside[0], inside[-1] + 1))
-    return spans
+def finished_shards(folder: Path) -> tuple[list[ShardEntry], dict | None]:
+    """The shards that an earlier run published, up to the first that is missing, and where its sources stood then."""
+    entries: list[ShardEntry] = []
+    resume = None
+    while entry := finished_shard(path := shard_path(folder, len(entries))):
+        stand = read_index(path.with_suffix(".index")).get("resume")
+        if stand is None:
+            break
+        entries.append(entry)
+        resume = stand
+    return entries, resume
 
 
-def cut(document: TokenDocument, length: int) -> TokenDocument:
-    """The first `length` tokens, role spans clipped."""
-    document.token_ids = document.token_ids[:length]
-    document.roles = [(role, start, min(end, length)) for role, start, end in document.roles if start < length]
-    return document
+def contents(folder: Path, entries: list[ShardEntry]) -> set[bytes]:
+    """The content digests of all documents in these shards."""
+    found = set()
+    for entry in entries:
+        shard = MappedShard(folder, entry)
+        for key, _ in shard.index["documents"]:
+            document = json.loads(shard.read(f"{key}.json"))
+            found.add(content_digest(document["content_sha256"]))
+    return found
 
 
-def study_tokenizer(settings: ExtractSettings) -> Any:
-    """The tokenizer of the study: of the first model that has a chat template (base models often lack one), else of the
-    first. All models of the study are asked, whichever pair is selected: every pair reads the same tokens.
-
-    Raises:
-        BadInput: two models with different vocabularies; their activations could not be compared token by token.
-    """
-    places = {(model.id, model.revision, model.gguf): name for name, model in reversed(settings.models.items())}
-    names = [name for name in settings.models if name in places.values()]  # one name for each set of files
-    tokenizers = [load_tokenizer(name, settings.models[name]) for name in names]
-    vocabulary = tokenizers[0].get_vocab()
-    for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True):
-        different = set(vocabulary.items()) ^ set(tokenizer.get_vocab().items())
-        if different:
-            example = sorted(token for token, _ in different)[:3]
-            raise BadInput(
-                f"models.{names[0]} and models.{name} have different tokenizers ({len(different)} entries differ, "
-                f"such as {example})."
-            )
-    return next((tokenizer for tokenizer in tokenizers if tokenizer.chat_template), tokenizers[0])
-
-
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hash of the vocabulary and the chat template: equal for models that read the same tokens."""
-    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template], sort_keys=True)
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _progress(documents: Iterator[TokenDocument], corpus: CorpusConfig) -> Generator[TokenDocument, None, None]:
-    """The same documents, counted by a progress bar that ends by saying what each source gave."""
-    given: dict[str, int] = {}
-    with tqdm(total=corpus.num_tokens, unit="tok", unit_scale=True, desc="tokens") as bar:
-        for document in documents:
+def _progress(mixture: Mixture) -> Generator[TokenDocument, None, None]:
+    """The documents of a mixture, counted by a progress bar."""
+    before = sum(state.tokens for state in mixture.states)
+    with tqdm(total=mixture.corpus.num_tokens, initial=before, unit="tok", unit_scale=True, desc="tokens") as bar:
+        for document in mixture:
             yield document
             bar.update(len(document.token_ids))
-            given[document.source] = given.get(document.source, 0) + len(document.token_ids)
-    total = sum(given.values())
-    print(f"sources: {', '.join(f'{name} {tokens / total:.1%}' for name, tokens in given.items())}")
 
 
 def main(settings: ExtractSettings) -> None:

@@ -46,3 +46,13 @@ def save_model(folder: Path, seed: int = 0, num_blocks: int = 4, width: int = 16
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer(chat).save_pretrained(folder)
     return folder
+
+
+def save_adapter(model: Path, folder: Path) -> Path:
+    """A LoRA adapter with random, not zero, B matrices."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(folder)
+    return folder

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from extract.command import experiment_of, run
-from train.config import TrainSettings
-from train.runs import run_folder
-from train.trainer import train
+from extract.interrupts import one_line_interrupts
+
+with one_line_interrupts():
+    from extract.command import experiment_of, run
+    from train.config import TrainSettings
+    from train.runs import run_folder
+    from train.trainer import train
 
 
 def main(settings: TrainSettings) -> None:

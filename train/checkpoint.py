@@ -1,7 +1,8 @@
 """Checkpoints: the whole training state, published as one folder, the last few kept.
 
     <folder>/step-00001000/state.safetensors    weights, Adam's moments, counters
-    <folder>/step-00001000/state.json           steps, threshold, settings and data it belongs to, size of the tensors
+    <folder>/step-00001000/state.json           steps, threshold, settings and data it belongs to; size and sha256 of
+                                                the tensors
 
 Resuming from one equals never having stopped, bit for bit, on the same hardware and versions.
 """
@@ -15,14 +16,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from extract.errors import BadInput
 from train.engine import TrainingState
-from train.folder import publishing_folder
+from train.folder import publishing_folder, sha256_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS_FILE, VALUES_FILE = "state.safetensors", "state.json"
+ENTRIES = {"values", "identity", "bytes", "sha256"}
+PUBLISHED = re.compile(r"step-\d{8,}")
 log = logging.getLogger(__name__)
 
 
@@ -31,7 +36,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, identity: dict[str, Any]):
         self.folder, self._keep = folder, keep
-        self._identity = json.loads(json.dumps(identity))
+        self.identity = json.loads(json.dumps(identity))
 
     def save(self, state: TrainingState) -> None:
         """Publish `state`, then remove the oldest beyond `keep`.
@@ -45,32 +50,58 @@ class Checkpoints:
             values = {
                 "format_version": FORMAT_VERSION,
                 "values": state.values,
-                "identity": self._identity,
+                "identity": self.identity,
                 "bytes": (partial / TENSORS_FILE).stat().st_size,
+                "sha256": sha256_of(partial / TENSORS_FILE),
             }
             (partial / VALUES_FILE).write_text(json.dumps(values, indent=1) + "\n")
-        for old in self._complete()[: -self._keep]:
+        so_far = [other for other in self._complete() if other.name <= path.name]  # a later one is damaged: see `load`
+        for old in so_far[: -self._keep]:
             shutil.rmtree(old)
 
     def load(self) -> TrainingState | None:
-        """The newest complete checkpoint, or None.
+        """The newest intact checkpoint, or None where none was ever published; damaged ones are named in the log.
 
-        BadInput when it belongs to other settings or data, naming what differs.
+        BadInput when the newest belongs to other settings or data, naming what differs, and when none is intact.
         """
-        newest = self.newest()
-        if newest is None:
-            return None
-        log.info("Resuming from %s", newest)
-        values = json.loads((newest / VALUES_FILE).read_text())["values"]
-        return TrainingState(load_file(newest / TENSORS_FILE), values)
-
-    def newest(self) -> Path | None:
-        """The folder of what `load` loads; BadInput as there."""
         complete = self._complete()
-        if not complete:
-            return None
-        self._check_identity(complete[-1], json.loads((complete[-1] / VALUES_FILE).read_text())["identity"])
-        return complete[-1]
+        for path in reversed(complete):
+            values = self._values(path)
+            try:
+                tensors = _intact_tensors(path, values)
+            except (OSError, ValueError, SafetensorError) as error:
+                log.warning("Ignoring the damaged checkpoint %s: %s", path, error)
+                continue
+            log.info("Resuming from %s", path)
+            return TrainingState(tensors, values["values"])
+        if any(PUBLISHED.fullmatch(path.name) for path in self.folder.glob("step-*")):
+            raise BadInput(
+                f"No checkpoint in {self.folder} is intact (what is wrong with each is said above), so the run cannot "
+                f"be continued. Restore one, or delete {self.folder} to train from the start."
+            )
+        return None
+
+    def check_newest(self) -> None:
+        """BadInput when the newest complete checkpoint, if there is one, belongs to other settings or data."""
+        for path in self._complete()[-1:]:
+            self._values(path)
+
+    def check(self, path: Path, saved: dict[str, Any]) -> None:
+        """BadInput, naming what differs, when `saved`, the identity of what lies at `path`, is not that of this run."""
+        names = sorted(saved.keys() | self.identity.keys())
+        differing = [name for name in names if saved.get(name) != self.identity.get(name)]
+        if differing:
+            values = "; ".join(f"{name}: {saved.get(name)} there, {self.identity.get(name)} now" for name in differing)
+            raise BadInput(
+                f"{path} was trained with other settings or data ({values}). "
+                f"Restore them to continue, or delete {self.folder.parent} to start over."
+            )
+
+    def _values(self, path: Path) -> dict[str, Any]:
+        """What stands beside the tensors of a complete checkpoint of this run; BadInput for one of another."""
+        values = json.loads((path / VALUES_FILE).read_text())
+        self.check(path, values["identity"])
+        return values
 
     def _complete(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first; others are named in the log and left alone."""
@@ -83,26 +114,26 @@ class Checkpoints:
                 found.append(path)
         return found
 
-    def _check_identity(self, path: Path, saved: dict[str, Any]) -> None:
-        names = sorted(saved.keys() | self._identity.keys())
-        differing = [name for name in names if saved.get(name) != self._identity.get(name)]
-        if differing:
-            values = "; ".join(f"{name}: {saved.get(name)} there, {self._identity.get(name)} now" for name in differing)
-            raise BadInput(
-                f"{path} was trained with other settings or data ({values}). "
-                f"Restore them to continue, or delete {self.folder.parent} to start over."
-            )
+
+def _intact_tensors(path: Path, values: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint; ValueError when they are not what was saved."""
+    if sha256_of(path / TENSORS_FILE) != values["sha256"]:
+        raise ValueError(f"the sha256 of {TENSORS_FILE} is not the one in {VALUES_FILE}")
+    return load_file(path / TENSORS_FILE)
 
 
 def _problem(path: Path) -> str | None:
     """What keeps a folder from being a complete checkpoint."""
-    if not re.fullmatch(r"step-\d{8,}", path.name):
+    if not PUBLISHED.fullmatch(path.name):
         return "it was not published"
     try:
         values = json.loads((path / VALUES_FILE).read_text())
         size = (path / TENSORS_FILE).stat().st_size
-    except (OSError, ValueError) as error:
+        version, missing = values.get("format_version"), sorted(ENTRIES - values.keys())
+    except (OSError, ValueError, AttributeError) as error:
         return f"unreadable ({error})"
-    if values.get("format_version") != FORMAT_VERSION:
-        return f"format version {values.get('format_version')}, this release reads {FORMAT_VERSION}"
+    if version != FORMAT_VERSION:
+        return f"format version {version}, this release reads {FORMAT_VERSION}"
+    if missing:
+        return f"{VALUES_FILE} lacks {', '.join(missing)}"
     return None if size == values["bytes"] else f"{TENSORS_FILE} has {size} bytes instead of {values['bytes']}"

@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from extract.errors import BadInput
 from train.config import CrosscoderConfig
-from train.folder import publishing_folder
+from train.folder import publishing_folder, sha256_of
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, CONFIG_FILE = "crosscoder.safetensors", "config.json"
@@ -39,6 +40,7 @@ class Crosscoder(nn.Module):
         dedicated_owner: (L,) int8; -1 = any model, else the index of the only model that may own the latent.
         threshold: of scaled codes pre * s at inference; None until training has reached `threshold_start_step`.
         models: names, index 0 = base.
+        trained_with: settings that decide the result and hashes of the data; empty where `save` was not told.
     """
 
     activation_mean: Tensor
@@ -49,6 +51,7 @@ class Crosscoder(nn.Module):
         super().__init__()
         self.config, self.models, self.d_model, self.hookpoint = config, list(models), d_model, hookpoint
         self.threshold: float | None = None
+        self.trained_with: dict[str, Any] = {}
         num_models, width = len(self.models), len(self.models) * d_model
         self.W_enc = nn.Parameter(torch.zeros(config.num_latents, width))
         self.b_enc = nn.Parameter(torch.zeros(config.num_latents))
@@ -133,29 +136,31 @@ class Crosscoder(nn.Module):
             "d_model": self.d_model,
             "threshold": self.threshold,
             "crosscoder": asdict(self.config),
+            "trained_with": self.trained_with,
         }
         with publishing_folder(Path(folder)) as partial:
             save_file(
                 {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()},
                 partial / WEIGHTS_FILE,
             )
+            config["sha256"] = sha256_of(partial / WEIGHTS_FILE)
             (partial / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> Crosscoder:
-        """The crosscoder that `save` wrote. BadInput for a folder that is missing or holds something else."""
+        """The crosscoder that `save` wrote. BadInput for a folder that is missing, damaged or holds something else."""
         folder = Path(folder)
         config = _read_config(folder)
         crosscoder = cls(
             CrosscoderConfig(**config["crosscoder"]), config["models"], config["d_model"], config["hookpoint"]
         )
         try:
-            crosscoder.load_state_dict(load_file(folder / WEIGHTS_FILE))
-        except (OSError, SafetensorError, RuntimeError) as error:
+            crosscoder.load_state_dict(_intact_weights(folder, config))
+        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             raise BadInput(
                 f"{folder / WEIGHTS_FILE} is missing or damaged ({error}). Copy the folder again or train again."
             ) from error
-        crosscoder.threshold = config["threshold"]
+        crosscoder.threshold, crosscoder.trained_with = config["threshold"], config.get("trained_with", {})
         return crosscoder.to(device)
 
 
@@ -165,6 +170,14 @@ def _owners(config: CrosscoderConfig, num_models: int) -> Tensor:
     owner_L = torch.full((config.num_latents,), -1, dtype=torch.int8)
     owner_L[: each * num_models] = torch.arange(num_models, dtype=torch.int8).repeat_interleave(each)
     return owner_L
+
+
+def _intact_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a folder; ValueError when they are not what was saved, as far as its configuration tells."""
+    path = folder / WEIGHTS_FILE
+    if "sha256" in config and sha256_of(path) != config["sha256"]:
+        raise ValueError(f"its sha256 is not the one in {CONFIG_FILE}")
+    return load_file(path)
 
 
 def _read_config(folder: Path) -> dict:

@@ -43,9 +43,6 @@ class ActivationPairs:
 
     def __post_init__(self) -> None:
         self._starts = np.concatenate([[0], np.cumsum(self.tokens.lengths)])
-        self._bytes = [
-            [store.document(i).view(torch.uint8).numpy() for i in range(self.num_documents)] for store in self.stores
-        ]
 
     @classmethod
     def open(cls, settings: TrainSettings) -> ActivationPairs:
@@ -125,13 +122,10 @@ class ActivationPairs:
         return np.concatenate(rows)[:max_tokens] if rows else np.empty(0, dtype=np.int64)
 
     def gather(self, rows_B: np.ndarray) -> Tensor:
-        """Raw activations (B, M, D) of any rows, in the stored dtype (float32 if the models' differ)."""
+        """Raw activations (B, M, D) of any rows, in the stored dtype (float32 if coded, or if the models' differ)."""
         documents_B = np.searchsorted(self._starts, rows_B, side="right") - 1
-        places = list(zip(documents_B.tolist(), (rows_B - self._starts[documents_B]).tolist(), strict=True))
-        x_BD = []
-        for store, documents in zip(self.stores, self._bytes, strict=True):
-            flat = np.concatenate([documents[document][position] for document, position in places])
-            x_BD.append(torch.from_numpy(flat).view(store.document(0).dtype).view(len(rows_B), store.d_model))
+        positions_B = rows_B - self._starts[documents_B]
+        x_BD = [store.gather(documents_B.tolist(), positions_B.tolist()) for store in self.stores]
         same_dtype = len({x.dtype for x in x_BD}) == 1
         return torch.stack(x_BD if same_dtype else [x.float() for x in x_BD], dim=1)
 

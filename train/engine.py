@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from extract.errors import BadInput
+from extract.devices import choose_device
 from train.config import TrainingConfig, TrainSettings
 from train.crosscoder import Crosscoder
 from train.initialisation import initialise
@@ -56,8 +56,8 @@ class Engine(Protocol):
     def load_state(self, state: TrainingState) -> None:
         """Continue from a saved state."""
 
-    def save_crosscoder(self, folder: Path) -> None:
-        """Publish the weights for analysis."""
+    def save_crosscoder(self, folder: Path, trained_with: dict[str, Any]) -> None:
+        """Publish the weights for analysis, with the settings and data that led to them."""
 
 
 class SingleEngine:
@@ -128,7 +128,8 @@ class SingleEngine:
         self.silent_tokens_L.copy_(state.tensors["silent_tokens"])
         self.steps_done, self.crosscoder.threshold = state.values["steps_done"], state.values["threshold"]
 
-    def save_crosscoder(self, folder: Path) -> None:
+    def save_crosscoder(self, folder: Path, trained_with: dict[str, Any]) -> None:
+        self.crosscoder.trained_with = trained_with
         self.crosscoder.save(folder)
 
     def _update(self, loss: Tensor, learning_rate: float) -> float:
@@ -171,20 +172,6 @@ def learning_rate_factor(config: TrainingConfig, step: int) -> float:
     decay_steps = config.decay_fraction * config.num_steps
     decay = min(1.0, (config.num_steps - step) / decay_steps) if decay_steps else 1.0
     return warmup * decay
-
-
-def choose_device(name: str, setting: str) -> torch.device:
-    """The device that `setting` names; "auto" is a GPU where there is one. BadInput for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(
-            f"{setting}={name} cannot be used here ({str(error).splitlines()[0]}). Use {setting}=auto."
-        ) from error
-    return device
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

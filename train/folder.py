@@ -1,7 +1,8 @@
-"""A folder that appears whole or not at all: written aside, synced, renamed."""
+"""A folder that appears whole or not at all: written aside, synced, renamed; and the hash that tells a later change."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,6 +34,12 @@ def publishing_folder(folder: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _replace(partial: Path, folder: Path) -> None:

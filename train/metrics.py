@@ -11,9 +11,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from train.batch_topk import select
+from train.batch_topk import Selection, select
 from train.crosscoder import Crosscoder
 from train.losses import Forward, Losses
+from train.sparse import sparse_reconstruction
 
 
 class VarianceExplained:
@@ -60,23 +61,26 @@ def validation_metrics(crosscoder: Crosscoder, batches: Iterable[Tensor]) -> dic
     num_tokens = num_codes = 0
     for raw_BMD in batches:
         x_BMD = crosscoder.scale(raw_BMD.to(device))
-        acts_BL = evaluation_codes(crosscoder, x_BMD)
-        explained.add(x_BMD, crosscoder.reconstruct(acts_BL))
+        selection, code_S = evaluation_codes(crosscoder, x_BMD)
+        explained.add(x_BMD, sparse_reconstruction(crosscoder, selection, code_S, len(x_BMD)))
         num_tokens += len(x_BMD)
-        num_codes += int(acts_BL.count_nonzero())
+        num_codes += len(code_S)
     if num_tokens == 0:
         return {}
     return {"val/l0": num_codes / num_tokens, **_named("val/variance_explained", crosscoder, explained)}
 
 
-def evaluation_codes(crosscoder: Crosscoder, x_BMD: Tensor) -> Tensor:
-    """Codes (B, L) of scaled activations: above the threshold, or the k * B largest while there is none."""
+def evaluation_codes(crosscoder: Crosscoder, x_BMD: Tensor) -> tuple[Selection, Tensor]:
+    """Codes (S,) of scaled activations and where they are: those above the threshold, or the k * B largest while there
+    is none.
+    """
     pre_BL = crosscoder.pre_activations(x_BMD)
     score_BL = pre_BL * crosscoder.latent_scale()
-    if crosscoder.threshold is not None:
-        return torch.where(score_BL > crosscoder.threshold, pre_BL, 0.0)
-    selection = select(score_BL, crosscoder.config.k * len(x_BMD))
-    return torch.zeros_like(pre_BL).index_put(tuple(selection), pre_BL[selection])
+    if crosscoder.threshold is None:
+        selection = select(score_BL, crosscoder.config.k * len(x_BMD))
+    else:
+        selection = Selection(*(score_BL > crosscoder.threshold).nonzero(as_tuple=True))
+    return selection, pre_BL[selection]
 
 
 def _named(prefix: str, crosscoder: Crosscoder, explained: VarianceExplained) -> dict[str, float]:

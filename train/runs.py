@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,14 @@ def result_settings(settings: TrainSettings) -> dict[str, Any]:
 def run_name(settings: TrainSettings, experiment: TrainSettings) -> str:
     """`<pair>[,key=value...]`: the result settings that differ from those of `experiment` alone, sorted by name.
 
-    A name of more than MAX_NAME characters is cut and ends in a hash of the whole: file systems take 255 bytes.
+    Models and text are not part of it: they are the identity of the study, which has an outputs folder of its own. A
+    setting is named without its section (`k` is crosscoder.k) unless two sections have one of that name. A name of more
+    than MAX_NAME characters is cut and ends in a hash of the whole: file systems take 255 bytes.
     """
-    before = result_settings(experiment)
-    changed = [f"{name}={_text(value)}" for name, value in result_settings(settings).items() if value != before[name]]
-    name = ",".join([selected_pair(settings), *changed])
+    before, now = result_settings(experiment), result_settings(settings)
+    shared = Counter(_leaf(name) for name in now)
+    changed = {name if shared[_leaf(name)] > 1 else _leaf(name): now[name] for name in now if now[name] != before[name]}
+    name = ",".join([selected_pair(settings), *(f"{key}={_text(changed[key])}" for key in sorted(changed))])
     if len(name) <= MAX_NAME:
         return name
     return f"{name[: MAX_NAME - 13]},{hashlib.sha256(name.encode()).hexdigest()[:12]}"
@@ -61,6 +65,11 @@ def run_name(settings: TrainSettings, experiment: TrainSettings) -> str:
 def run_folder(settings: TrainSettings, experiment: TrainSettings) -> Path:
     """Where the run writes: `<outputs>/runs/<run name>`."""
     return Path(settings.outputs) / "runs" / run_name(settings, experiment)
+
+
+def _leaf(name: str) -> str:
+    """ "crosscoder.k" -> "k"."""
+    return name.rpartition(".")[2]
 
 
 def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:

@@ -47,6 +47,17 @@ def sparse_forward(crosscoder: Crosscoder, x_BMD: Tensor, num_selected: int, dea
     return Forward(recons_BW.view_as(x_BMD), error_recons_BMD, codes.selection, score_S)
 
 
+@torch.no_grad()
+def sparse_reconstruction(crosscoder: Crosscoder, selection: Selection, code_S: Tensor, num_tokens: int) -> Tensor:
+    """recons (B, M, D) in the scaled space, without graph, of the codes of a selection.
+
+    Equals `Crosscoder.reconstruct` of the dense codes (B, L) to rounding, without its products over silent latents.
+    """
+    acts_BL = _csr(selection.token, selection.latent, code_S, (num_tokens, crosscoder.num_latents))
+    recons_BW = _product(acts_BL, crosscoder.W_dec).add_(crosscoder.b_dec)
+    return recons_BW.view(-1, crosscoder.num_models, crosscoder.d_model)
+
+
 def _codes(crosscoder: Crosscoder, x_BMD: Tensor, num_selected: int, dead_L: Tensor) -> tuple[Codes, Tensor]:
     """The codes of a batch and the scaled codes (S,) of its selection."""
     pre_BL, scale_L = crosscoder.pre_activations(x_BMD), crosscoder.latent_scale()

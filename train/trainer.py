@@ -21,6 +21,7 @@ from extract.errors import BadInput
 from extract.publish import publish
 from train.checkpoint import Checkpoints
 from train.config import TrainSettings
+from train.crosscoder import Crosscoder
 from train.data import ActivationPairs, BatchStream, heldout_batches
 from train.engine import Engine, SingleEngine
 from train.metrics import Throughput
@@ -50,17 +51,18 @@ class Run:
 def train(settings: TrainSettings, folder: Path) -> Path:
     """Train the crosscoder of `settings` in the run folder `folder`, or continue there; returns where it lies.
 
-    A finished run of these settings and data is left as it is. SIGINT and SIGTERM finish the step, save a checkpoint
-    and exit with EXIT_STOPPED.
+    A finished run of these settings and data is left as it is. A crosscoder that was deleted or damaged since is
+    published again from the last checkpoint, or trained again where none is left. SIGINT and SIGTERM finish the step,
+    save a checkpoint and exit with EXIT_STOPPED.
 
-    Raises BadInput for stores that do not fit, a folder of other settings or data, and when training diverges.
+    Raises BadInput for stores that do not fit, a folder of other settings or data, checkpoints of which none is intact,
+    and when training diverges.
     """
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
     crosscoder_folder = folder / "crosscoder"
     pairs = ActivationPairs.open(settings)
     checkpoints = _checkpoints(settings, folder, pairs)
-    if crosscoder_folder.exists():
-        checkpoints.newest()
+    if _is_finished(crosscoder_folder, checkpoints):
         log.info("%s is finished", folder)
         return crosscoder_folder
     log.info("%d tokens to train on, %.2f %% of all dropped", pairs.num_train_tokens, 100 * pairs.share_dropped)
@@ -73,8 +75,24 @@ def train(settings: TrainSettings, folder: Path) -> Path:
     if not finished:
         log.info("Stopped after step %d; the same command continues", run.engine.steps_done)
         sys.exit(EXIT_STOPPED)
-    run.engine.save_crosscoder(crosscoder_folder)
+    run.engine.save_crosscoder(crosscoder_folder, checkpoints.identity)
     return crosscoder_folder
+
+
+def _is_finished(crosscoder_folder: Path, checkpoints: Checkpoints) -> bool:
+    """Whether the published crosscoder is there and intact. BadInput for one of other settings or data."""
+    if not crosscoder_folder.exists():
+        return False
+    try:
+        trained_with = Crosscoder.load(crosscoder_folder).trained_with
+    except BadInput as error:
+        log.warning("%s Making it again.", error)
+        return False
+    if trained_with:
+        checkpoints.check(crosscoder_folder, trained_with)
+    else:
+        checkpoints.check_newest()  # published before crosscoders recorded what they were trained with
+    return True
 
 
 def fit(run: Run) -> bool:
@@ -113,6 +131,8 @@ def due(step: int, every: int) -> bool:
 
 def prefetched(stream: BatchStream, start: int, stop: int) -> Iterator[tuple[Tensor, float]]:
     """Batches of steps [start, stop), each read while the step before runs, and the seconds waited for each."""
+    if start >= stop:
+        return
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(stream.batch, start)
         for step in range(start, stop):
@@ -159,6 +179,8 @@ def _open_run(settings: TrainSettings, folder: Path, pairs: ActivationPairs, che
     stream = BatchStream(pairs, settings.seed, training.num_tokens_per_step)
     state = checkpoints.load()
     if state is None:
+        if (folder / "metrics.jsonl").exists():
+            log.warning("Of the earlier run in %s no checkpoint is left: training starts anew", folder)
         engine.initialise(stream.batch(0))
     else:
         engine.load_state(state)

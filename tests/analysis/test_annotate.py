@@ -10,24 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.annotate import (
-    ANNOTATOR,
-    Annotation,
-    Background,
-    Evidence,
-    Example,
-    annotate,
-    count_background,
-    describe,
-    fragment,
-    judge,
-    log_odds,
-    near,
-    ngrams_of,
-    read_annotations,
-    words_of,
-)
+from analysis.annotate import ANNOTATOR, Annotation, annotate, describe, fragment, judge, read_annotations
 from analysis.config import AnnotateConfig
+from analysis.examples import Example
+from analysis.wording import Background, Evidence, count_background, log_odds, near, ngrams_of, words_of
 from tests.analysis.made_study import FILLER, make_study, split_tokens, write_examples, write_latents
 
 CONFIG = AnnotateConfig(window=3)

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from analysis.annotate import annotate
-from analysis.compare import Comparison, compare, compare_counts, comparisons_of, read_counts, show, table_of
+from analysis.compare import show
+from analysis.comparison import Comparison, compare, compare_counts, comparisons_of, outputs_of, table_of
 from analysis.config import CompareConfig
+from analysis.counts import columns_of_folders, read_counts
 from analysis.taxonomy import categorise, load_taxonomy
 from extract.errors import BadInput
-from tests.analysis.made_study import make_study
+from tests.analysis.made_study import make_study, write_latents
 
 # arXiv 2509.18792, tables 2 and 5: latents of 112 (it), 89 (SimPO) and 109 (DPO), and the printed shares and changes.
 CLASSES = {
@@ -159,8 +161,20 @@ def test_only_pairs_that_share_a_base_are_compared(tmp_path: Path) -> None:
     assert (comparisons[0].changes[0].total_a, comparisons[0].changes[0].total_b) == (3, 2)  # planted latents
     written = sorted(path.name for path in (tmp_path / "report" / "tables").iterdir())
     assert written == ["category_simpo_dpo.csv", "category_simpo_dpo.tex", "class_simpo_dpo.csv", "class_simpo_dpo.tex"]
-    assert comparisons_of(settings, folders[:1]) == []
+    assert sorted(outputs_of(folders)) == [f"tables/{name}" for name in written]
+    assert comparisons_of(settings, folders[:1]) == [] and outputs_of(folders[:1]) == ()
     assert show([]).startswith("Nothing to compare")
+
+
+def test_columns_are_named_after_tuned_models_and_folders_where_these_repeat(tmp_path: Path) -> None:
+    def folder(name: str, models: list[str]) -> Path:
+        (tmp_path / name).mkdir()
+        write_latents(tmp_path / name / "latents.parquet", models, {300})
+        return tmp_path / name
+
+    both, a, again = folder("b_a_c", ["b", "a", "c"]), folder("b_a", ["b", "a"]), folder("b_d", ["b", "d"])
+    assert list(columns_of_folders([both, again])) == ["a", "c", "d"]
+    assert columns_of_folders([both, a]) == {"b_a_c a": (both, "a"), "b_a_c c": (both, "c"), "b_a": (a, "a")}
 
 
 def test_the_command_needs_no_experiment_for_a_file(tmp_path: Path) -> None:

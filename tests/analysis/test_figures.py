@@ -6,13 +6,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib.colors
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from analysis import figures
-from analysis.compare import Counts, compare_counts
+from analysis.columns import Columns, of_two_models, read_columns
+from analysis.comparison import compare_counts
 from analysis.config import CompareConfig, OwnerConfig
+from analysis.counts import Counts
 from tests.analysis.made_study import write_latents
 
 MODELS = ["base", "simpo"]
@@ -20,10 +20,9 @@ COLOURS = figures.model_colours([MODELS, ["base", "dpo"]])
 
 
 @pytest.fixture
-def latents(tmp_path: Path) -> figures.Columns:
+def latents(tmp_path: Path) -> Columns:
     write_latents(tmp_path / "latents.parquet", MODELS, {300, 301, 302})
-    columns = pq.read_table(tmp_path / "latents.parquet").to_pydict()
-    return {name: np.array(column) for name, column in columns.items()}
+    return of_two_models(read_columns(tmp_path), MODELS, *MODELS)
 
 
 def test_a_model_has_one_colour_and_no_two_models_share_one() -> None:
@@ -38,7 +37,7 @@ def test_curves_leave_out_steps_without_a_value() -> None:
     assert figure.axes[0].lines[0].get_xdata().tolist() == [1]
 
 
-def test_the_histogram_counts_every_living_latent_once(latents: figures.Columns) -> None:
+def test_the_histogram_counts_every_living_latent_once(latents: Columns) -> None:
     figure = figures.delta_norm_histogram(latents, MODELS, COLOURS, OwnerConfig())
     bars = [patch for patch in figure.axes[0].patches if patch.get_width() > 0]
     assert sum(patch.get_height() for patch in bars) == (latents["owner"] != "dead").sum()
@@ -46,7 +45,7 @@ def test_the_histogram_counts_every_living_latent_once(latents: figures.Columns)
     assert sum(patch.get_height() for patch in bars if patch.get_facecolor() == last) == 3
 
 
-def test_the_scatter_marks_the_models_own_latents(latents: figures.Columns) -> None:
+def test_the_scatter_marks_the_models_own_latents(latents: Columns) -> None:
     figure = figures.nu_scatter(latents, MODELS, COLOURS, OwnerConfig())
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["simpo-only, dedicated (3)"]
     assert figure.axes[0].get_legend() is None
@@ -67,7 +66,7 @@ def test_the_forest_shows_shares_and_intervals_in_percent() -> None:
     assert (low, high) == pytest.approx((100 * change.difference_low, 100 * change.difference_high))
 
 
-def test_files_are_what_their_names_say_and_the_same_every_time(tmp_path: Path, latents: figures.Columns) -> None:
+def test_files_are_what_their_names_say_and_the_same_every_time(tmp_path: Path, latents: Columns) -> None:
     def draw() -> dict[str, bytes]:
         figure = figures.nu_scatter(latents, MODELS, COLOURS, OwnerConfig())
         figures.save(figure, tmp_path / "figures", "nu")

@@ -194,6 +194,20 @@ def test_batches_change_nothing(analysed: tuple[AnalysisSettings, Path], tmp_pat
         assert a.execute(query).fetchall() == b.execute(query).fetchall()
 
 
+def test_a_document_without_a_kept_token_changes_nothing(
+    analysed: tuple[AnalysisSettings, Path], tmp_path: Path
+) -> None:
+    """The last document, a repeated text, has norms that are all out of bounds, and a batch to itself."""
+    acts = planted_activations()
+    acts[-1] = 1e4
+    settings = stored(tmp_path, acts)
+    settings.analysis.batch_tokens = 1
+    write_latents(settings, Path(analysed[0].outputs) / "crosscoder", tmp_path / "analysis")
+    kept = acts[:-1, 1:, 0, 0].flatten()
+    assert rows(tmp_path / "analysis")["num_active_tokens"][0] == int((kept > 0.5).sum())
+    assert rows(tmp_path / "analysis")["frequency"][0] == pytest.approx(float((kept > 0.5).sum()) / len(kept))
+
+
 def test_three_models_have_columns_for_every_ordered_pair(tmp_path: Path) -> None:
     crosscoder = crosscoder_for({0: (0.0, 0.0, 1.0), 1: (1.0, 1.0, 1.0)}, models=["a", "b", "c"])
     gram = decoder_gram(crosscoder.W_dec.view(2, 3, D))

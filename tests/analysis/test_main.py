@@ -45,7 +45,7 @@ def test_from_a_crosscoder_to_the_report(trained: AnalysisSettings, capsys: pyte
     report = Path(trained.outputs) / "report" / "index.html"
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {report}"
     assert report.stat().st_size > 0
-    assert folder.name.startswith("base_tuned,") and "crosscoder.k=4" in folder.name
+    assert folder.name.startswith("base_tuned,") and ",k=4," in folder.name
     steps = ["annotate", "categorise", "latents", "tags"]
     assert sorted(path.stem for path in folder.glob("*.json")) == steps
     assert not list(Path(trained.outputs).rglob("*.partial"))

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from analysis import behaviours, cards
-from analysis.annotate import Example, annotate
+from analysis.annotate import annotate
 from analysis.config import AnalysisSettings, OwnerConfig
+from analysis.examples import Example
 from analysis.report import report
 from analysis.taxonomy import categorise
 from extract.errors import BadInput
-from tests.analysis.made_study import make_study, write_examples, write_latents
+from tests.analysis.made_study import make_study, write_examples, write_latents, write_latents_of_many
 
 PLANTED = {
     "financial_refusal": ["simpo", "dpo"],
@@ -176,6 +177,28 @@ def test_figures_and_tables_lie_beside_the_page(made: tuple[Path, str]) -> None:
     assert all(len(list((made[0] / "tables").glob(f"{name}.*"))) == 2 for name in tables)
 
 
+def test_a_crosscoder_of_three_models_has_figures_of_each_tuned_one(tmp_path: Path) -> None:
+    settings, (folder, other) = make_study(tmp_path)
+    settings.analysis.report.planted = PLANTED
+    own = {"simpo": {300, 301}, "dpo": {302}}
+    write_latents_of_many(folder / "latents.parquet", ["base", "simpo", "dpo"], own)
+    analyse(settings, [folder, other])
+    page = Page(report(settings, [folder, other]).read_text(encoding="utf-8"))
+    stems = {path.stem for path in (tmp_path / "report" / "figures").iterdir()}
+    expected = {f"{kind}_base_simpo_base_{tuned}" for kind in ("delta_norm", "nu") for tuned in ("simpo", "dpo")}
+    expected |= {"delta_norm_base_dpo", "nu_base_dpo"}
+    assert {stem for stem in stems if stem.startswith(("delta_norm", "nu"))} == expected
+    shown = [element.attributes["alt"] for element in page.all("img")]
+    assert "Histogram of Δ-norm of base and dpo in base_simpo" in shown
+    rows = [words(row.text) for row in page.all("tr")]
+    assert any(row.startswith("base_simpo base 0 simpo 2 dpo 1 0 397") for row in rows)
+    assert any(row.startswith("base_dpo base 0 dpo 2") for row in rows)
+    (card,) = (card for card in page.all("article") if card.attributes["id"] == "base_simpo-302")
+    assert "dpo only" in words(card.text) and "Δ-norm 1.00" in words(card.text)
+    compared = "base_simpo dpo against base_simpo simpo"
+    assert any(compared in words(element.text) for element in page.all("h3"))
+
+
 HOSTILE = "<script>alert(1)</script> & \"quoted\" 'single' </div><img src=x onerror=alert(2)> {{ 7 * 7 }}"
 
 
@@ -213,7 +236,8 @@ def test_a_behaviour_found_in_the_base_is_not_called_added(tmp_path: Path) -> No
     (folder / "tags.csv").write_text(re.sub(r"behaviour,ask_back,base,.*", line, tags))
     analyse(settings, [folder])
     section = Page(report(settings, [folder]).read_text(encoding="utf-8")).all("section")[0]
-    assert "not added by tuning: ask back (base in base_simpo, latent 17, F1 0.88)" in words(section.text)
+    assert "which tuning did not add" in words(section.text)
+    assert "what it replaced on the same documents: ask back (base in base_simpo, latent 17, F1 0.88)" in words(section.text)
 
 
 def test_verdicts() -> None:
@@ -223,9 +247,29 @@ def test_verdicts() -> None:
     assert verdicts("ask_back", "simpo", "base") == ["found", "missed"]
     assert verdicts("ask_back", "dpo", "base") == ["wrong model", "absent"]
     assert verdicts("unknown", "dpo", "base") == ["added", "not found"]
-    # Both models of the pair have it, so it is no difference between them.
-    assert verdicts("financial_refusal", "dpo", "simpo") == ["wrong model", "absent"]
+    # Both models of the pair were taught it: a latent of one alone shows that they learned it differently.
+    assert verdicts("financial_refusal", "dpo", "simpo") == ["shared behaviour", "absent"]
     assert verdicts("ask_back", "simpo", "dpo") == ["found", "missed"]
+    assert verdicts("ask_back", "dpo", "simpo") == ["wrong model", "absent"]
+    assert set(behaviours.VERDICTS) >= {*verdicts("ask_back", "simpo", "base"), "shared behaviour", "wrong model"}
+
+
+def test_a_shared_behaviour_is_told_from_a_wrong_attribution(tmp_path: Path) -> None:
+    settings, folders = make_study(tmp_path)
+    # As if the base of both pairs had been tuned as well, so that financial refusals set no model apart.
+    settings.analysis.report.planted = {**PLANTED, "financial_refusal": ["base", "simpo"]}
+    analyse(settings, folders)
+    page = Page(report(settings, folders).read_text(encoding="utf-8"))
+    simpo, dpo = (words(element.text) for element in page.all("p", "answer"))
+    assert simpo.endswith(
+        "shared behaviours with a latent of simpo alone: financial refusal (F1 0.94); wrong-model attributions: none."
+    )
+    assert "2 of 2 planted" in simpo and "wrong-model attributions: financial refusal (F1 0.94)." in dpo
+    assert [words(element.text) for element in page.all("span", "v-shared")] == ["shared behaviour"]
+    explained = words(page.all("section")[0].text)
+    assert "shared behaviour: known to have been tuned into this model and another" in explained
+    rows = (tmp_path / "report" / "tables" / "behaviours.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows if row.endswith("shared behaviour")] == ["base_simpo"]
 
 
 def test_a_model_that_is_tuned_somewhere_has_a_column_wherever_it_is() -> None:

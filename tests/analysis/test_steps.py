@@ -5,9 +5,21 @@ from pathlib import Path
 
 import pytest
 
+from analysis.annotate import annotate
 from analysis.config import AnalysisSettings
-from analysis.steps import Step, command_line, inputs_of_latents, is_done, record_of, run_steps, sha256_of
+from analysis.steps import (
+    Step,
+    command_line,
+    inputs_of_latents,
+    is_done,
+    record_of,
+    run_steps,
+    sha256_of,
+    steps_of_study,
+)
+from analysis.taxonomy import categorise
 from extract.errors import BadInput
+from tests.analysis.made_study import make_study
 
 
 def two_steps(folder: Path, done: list[str], threshold: float = 0.5) -> list[Step]:
@@ -97,6 +109,27 @@ def test_the_record_names_settings_and_hashes(folder: Path) -> None:
 def test_a_missing_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"absent\.txt is missing"):
         sha256_of(tmp_path / "absent.txt")
+
+
+def test_a_deleted_table_of_the_comparison_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, folders = make_study(tmp_path)
+    settings.analysis.taxonomy.encoder = "tfidf"
+    settings.analysis.compare.resamples = 50
+    for folder in folders:
+        annotate(settings, folder)
+        categorise(settings, folder)
+
+    def lines() -> list[str]:
+        run_steps(steps_of_study(settings, folders)[:1], tmp_path / "report")
+        return capsys.readouterr().out.splitlines()
+
+    assert lines() == ["report: compare"]
+    assert lines() == ["report: compare is up to date"]
+    table = tmp_path / "report" / "tables" / "class_simpo_dpo.tex"
+    before = table.read_bytes()
+    table.unlink()
+    assert lines() == ["report: compare"]
+    assert table.read_bytes() == before
 
 
 OVERRIDES = ["experiment=demo", "hookpoint=block3", "crosscoder.k=8", "training.lr=1e-3", "analysis.tags.min_f1=0.5"]

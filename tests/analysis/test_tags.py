@@ -148,6 +148,24 @@ def test_best_f1_equals_trying_every_threshold() -> None:
         assert f1 == pytest.approx(max(tried)) and f1_of(score > threshold, positive, np.ones(25)) == pytest.approx(f1)
 
 
+def test_neighbouring_scores_are_told_apart(tmp_path: Path) -> None:
+    """Between two neighbours in float32 there is no float32 left, and their middle rounds to one of them."""
+    documents = read(tmp_path, planted_documents())
+    one, two = np.float32(1), np.float32(2)
+    after = np.nextafter(one, two)
+    for low, high in ((one, after), (after, np.nextafter(after, two))):
+        score_n = np.where(documents.value_n == "asks", high, low)
+        row = evidence(TagsConfig(resamples=2), "asks", "tuned", {0: score_n}, documents)
+        assert score_n.dtype == np.float32 and row.f1 == 1.0 and row.found
+
+
+def test_a_tag_of_null_is_no_tag(tmp_path: Path) -> None:
+    ids = np.arange(4, dtype=np.uint32)
+    tags: list[dict] = [{"behaviour": None}, {"behaviour": "asks"}, {"behaviour": False}, {}]
+    found = read(tmp_path, [TokenDocument("", str(i), "s", ids, str(i), tags=each) for i, each in enumerate(tags)])
+    assert found.value_n.tolist() == ["", "asks", "False", ""]
+
+
 def test_choice_prefers_the_lower_latent_on_ties() -> None:
     positive = np.array([True, False])
     assert choose({9: np.array([1.0, 0]), 4: np.array([2.0, 0])}, positive) == (4, 1.0)

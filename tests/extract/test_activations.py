@@ -1,10 +1,10 @@
 import errno
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,14 @@ import torch
 import transformers
 
 from extract import archive
-from extract.activations import extract, length_batches
+from extract.activations import extract
+from extract.background import Background
+from extract.batches import length_batches
 from extract.command import compose
 from extract.config import ExtractSettings, ModelConfig
 from extract.errors import BadInput
 from extract.manifest import Manifest
-from extract.models import load_blocks, load_tokenizer
+from extract.models import load_blocks
 from extract.stores import ActivationStore
 from extract.tokens import make_tokens
 from extract.verify import problems
@@ -48,91 +50,15 @@ def test_each_stored_activation_is_the_full_models_hidden_state(study: list[str]
                 torch.testing.assert_close(store.document(i), states[block + 1][0], rtol=1e-4, atol=1e-4)
 
 
-def test_the_last_block_is_taken_before_the_final_norm(study: list[str], tiny_models: dict[str, Path]):
-    model = load_blocks("base", ModelConfig(str(tiny_models["base"]), dtype="float32"), ["block3"])
-    full = transformers.AutoModelForCausalLM.from_pretrained(tiny_models["base"]).eval()
-    ids = torch.arange(1, 9)[None]
-    caught = []
-    full.model.layers[3].register_forward_hook(lambda m, i, o: caught.append(o[0] if isinstance(o, tuple) else o))
-    with torch.no_grad():
-        full(ids)
-    torch.testing.assert_close(model.activations(ids, torch.ones_like(ids))["block3"], caught[0])
-
-
 def test_bf16_stays_near_float32(study: list[str]):
     settings = run([*study, "models.tuned.dtype=float32"])
     exact = load_blocks("base", ModelConfig(settings.models["base"].id, dtype="float32"), ["block1"])
     store = ActivationStore(settings.activations_folder("base", "block1"))
-    assert store.manifest.dtype == "bfloat16"
+    assert store.manifest.dtype == "bf16"
     document = make_tokens(settings).document(0)
     ids = torch.from_numpy(document.token_ids.astype(np.int64))[None]
     expected = exact.activations(ids, torch.ones_like(ids))["block1"][0]
     assert (store.document(0).float() - expected).norm() / expected.norm() < 0.03
-
-
-def test_merged_adapter_equals_the_adapted_model(tiny_models: dict[str, Path], tmp_path: Path):
-    adapter = save_adapter(tiny_models["base"], tmp_path / "adapter")
-    config = ModelConfig(str(tiny_models["base"]), adapter=str(adapter), dtype="float32")
-    cut = load_blocks("tuned", config, ["block1"])
-    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_models["base"])
-    from peft import PeftModel
-
-    adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
-    ids = torch.arange(1, 9)[None]
-    with torch.no_grad():
-        expected = adapted(ids, output_hidden_states=True).hidden_states[2]
-    acts = cut.activations(ids, torch.ones_like(ids))["block1"]
-    torch.testing.assert_close(acts, expected, rtol=1e-4, atol=1e-4)
-    plain = load_blocks("base", ModelConfig(str(tiny_models["base"]), dtype="float32"), ["block1"])
-    assert not torch.allclose(acts, plain.activations(ids, torch.ones_like(ids))["block1"], atol=1e-2)
-
-
-def save_adapter(model: Path, folder: Path) -> Path:
-    """A LoRA adapter with random, not zero, B matrices."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(5)
-    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("other", [{"width": 32}, {"num_blocks": 6}])
-def test_adapter_of_another_model_is_refused(tiny_models: dict[str, Path], tmp_path: Path, other: dict):
-    adapter = save_adapter(tiny.save_model(tmp_path / "other", **other), tmp_path / "adapter")
-    with pytest.raises(BadInput, match="belongs to another model"):
-        load_blocks("tuned", ModelConfig(str(tiny_models["base"]), adapter=str(adapter)), ["block1"])
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"id": "/no/such/folder"}, "is not a folder"),
-        ({"adapter": "missing_adapter"}, "is not a folder"),
-        ({"gguf": "missing.gguf"}, "missing.gguf"),
-    ],
-)
-def test_missing_files_are_named(tiny_models: dict[str, Path], config: dict, message: str):
-    with pytest.raises(BadInput, match=message):
-        load_blocks("tuned", ModelConfig(**{"id": str(tiny_models["base"]), **config}), ["block1"])
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path: Path):
-    with pytest.raises(BadInput, match="could not be loaded"):
-        load_tokenizer("base", ModelConfig(str(tmp_path)))
-
-
-def test_a_block_beyond_the_model_is_refused(tiny_models: dict[str, Path]):
-    with pytest.raises(BadInput, match="block9 is beyond models.base.*has 4 blocks, block0 to block3"):
-        load_blocks("base", ModelConfig(str(tiny_models["base"])), ["block9"])
-
-
-def test_batches_hold_each_document_once_within_the_budget():
-    lengths = np.array([3, 50, 7, 7, 100, 1, 30])
-    batches = list(length_batches(lengths, 64))
-    assert sorted(i for batch in batches for i in batch) == list(range(7))
-    assert all(len(batch) == 1 or len(batch) * lengths[batch].max() <= 64 for batch in batches)
-    assert batches[0] == [4]  # longer than the budget: alone
 
 
 @pytest.mark.parametrize(
@@ -145,6 +71,7 @@ def test_batches_hold_each_document_once_within_the_budget():
         (["models.tuned=WIDE"], "pairs.base_tuned: its models have different widths .base 16, tuned 32"),
         (["models.tuned=EMPTY"], "holds no weights"),
         (["models.tuned.adapter=OTHER"], "belongs to another model"),
+        (["models.tuned=SHORT"], r"hold a document of \d+, models.tuned has 16 positions.*corpus.context_length=16"),
     ],
 )
 def test_a_mistake_in_any_model_is_found_before_any_work_and_can_be_mended(
@@ -153,7 +80,9 @@ def test_a_mistake_in_any_model_is_found_before_any_work_and_can_be_mended(
     """Nothing is written for the sound model either, and the mended command is not refused for the mistake's sake."""
     tiny.save_model(tmp_path / "WIDE", width=32)
     (tiny.save_model(tmp_path / "EMPTY") / "model.safetensors").unlink()
-    save_adapter(tmp_path / "WIDE", tmp_path / "OTHER")
+    tiny.save_adapter(tmp_path / "WIDE", tmp_path / "OTHER")
+    config = tiny.save_model(tmp_path / "SHORT") / "config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 512', '"max_position_embeddings": 16'))
     setting, _, value = mistake[0].partition("=")
     place = f"{setting}={tmp_path / value}" if (tmp_path / value).exists() else mistake[0]
     make_tokens(compose(ExtractSettings, study))
@@ -164,17 +93,49 @@ def test_a_mistake_in_any_model_is_found_before_any_work_and_can_be_mended(
     extract(settings)
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
-def test_damaged_model_files_are_one_clear_error(tmp_path: Path, file: str):
-    model = tiny.save_model(tmp_path / "damaged")
-    (model / file).write_bytes((model / file).read_bytes()[:100])
-    with pytest.raises(BadInput, match="models.base: the .* could not be loaded"):
-        load_blocks("base", ModelConfig(str(model)), ["block1"])
+def test_batches_hold_each_document_once_within_the_budget():
+    lengths = np.array([3, 50, 7, 7, 100, 1, 30])
+    batches = list(length_batches(lengths, 64))
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    assert all(len(batch) == 1 or len(batch) * lengths[batch].max() <= 64 for batch in batches)
+    assert batches[0] == [4]  # longer than the budget: alone
 
 
-def test_an_attention_that_transformers_does_not_know_is_refused(tiny_models: dict[str, Path]):
-    with pytest.raises(BadInput, match="models.base: the model of .* could not be loaded"):
-        load_blocks("base", ModelConfig(str(tiny_models["base"]), attention="egaer"), ["block1"])
+def test_batches_waste_as_little_as_any_split_of_the_sorted_documents():
+    """Against every split of eight lengths: tokens computed plus 1/64 of the budget a batch."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = np.sort(rng.integers(1, 40, 8))[::-1]
+
+        def cost(batches: list[list[int]], lengths: np.ndarray = lengths) -> float:
+            return sum(len(batch) * lengths[batch].max() + 64 / 64 for batch in batches)
+
+        splits = []
+        for cuts in range(2**7):
+            edges = [0, *(i + 1 for i in range(7) if cuts >> i & 1), 8]
+            batches = [list(range(start, end)) for start, end in pairwise(edges)]
+            if all(len(batch) == 1 or len(batch) * lengths[batch].max() <= 64 for batch in batches):
+                splits.append(cost(batches))
+        assert cost(list(length_batches(lengths, 64))) == min(splits)
+
+
+def test_an_error_in_the_background_stops_the_work():
+    """At the next submission, or at the end of the block; an error of the block itself goes first."""
+
+    def fail() -> None:
+        raise BadInput("from the background")
+
+    done: list[int] = []
+    with pytest.raises(BadInput, match="from the background"), Background() as background:
+        background.submit(fail)
+        background.submit(lambda: done.append(1))
+    with pytest.raises(BadInput, match="from the background"), Background() as background:
+        background.submit(lambda: done.append(2))
+        background.submit(fail)
+    with pytest.raises(KeyError), Background() as background:
+        background.submit(fail)
+        raise KeyError("from the block")
+    assert done == [2]
 
 
 def test_manifests_hold_the_composed_settings(study: list[str]):
@@ -243,11 +204,11 @@ def test_no_space_left_is_one_line_and_keeps_what_is_finished(study: list[str], 
     make_tokens(settings)
     real, calls = archive.ShardWriter._write, []
 
-    def full_disk(writer: archive.ShardWriter, data: bytes) -> None:
+    def full_disk(writer: archive.ShardWriter, *pieces: object) -> None:
         if writer.path.name == "shard-00001.tar":
-            calls.append(data)
+            calls.append(pieces)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(writer.path))
-        real(writer, data)
+        real(writer, *pieces)
 
     with monkeypatch.context() as patch:
         patch.setattr(archive.ShardWriter, "_write", full_disk)
@@ -257,25 +218,6 @@ def test_no_space_left_is_one_line_and_keeps_what_is_finished(study: list[str], 
     assert calls and sorted(p.name for p in folder.glob("shard-*")) == ["shard-00000.index", "shard-00000.tar"]
     extract(settings)
     assert not list(problems(settings))
-
-
-def test_verify_names_what_is_wrong(study: list[str]):
-    settings = run(study)
-    full = compose(ExtractSettings, [*study, "mode=full"])
-    assert not list(problems(settings)) and not list(problems(full))
-    shard = settings.activations_folder("base", "block1") / "shard-00001.tar"
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
-    assert not list(problems(settings))  # fast looks at sizes
-    assert [line for line in problems(full) if "base/block1/shard-00001.tar was altered" in line]
-    shard.write_bytes(data[:-1])
-    assert [line for line in problems(settings) if "shard-00001.tar has" in line]
-    shard.unlink()
-    index = settings.activations_folder("tuned", "block1") / "shard-00000.index"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"dtype": "float16"}))
-    found = "\n".join(problems(settings))
-    assert "shard-00001.tar is missing" in found and "tuned/block1/shard-00000.index was altered" in found
 
 
 def test_commands_end_with_one_line_for_bad_input(study: list[str]):

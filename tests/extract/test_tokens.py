@@ -1,74 +1,42 @@
+"""`extract.tokens` from the settings to the shards: begun, killed, continued, refused."""
+
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from extract.command import compose
-from extract.config import CorpusConfig, ExtractSettings, SourceConfig
-from extract.corpus import Document, check_source, read_source
+from extract.config import ExtractSettings
+from extract.encoding import Encoder
 from extract.errors import BadInput
-from extract.tokens import encode_chat, make_tokens, mixed, study_tokenizer
+from extract.manifest import Manifest
+from extract.mixing import SourceState
+from extract.tokenizer import study_tokenizer
+from extract.tokens import make_tokens
 from tests import tiny
 
 
-def write(path: Path, records: list[dict]) -> str:
-    path.write_text("\n".join(json.dumps(record) for record in records))
-    return str(path)
+@pytest.fixture
+def long_study(study: list[str], tmp_path: Path) -> list[str]:
+    """A study of two sources that fill 60 shards, with filters, duplicates, chats and a shuffle."""
+    for name in "ab":
+        texts = [f"{name if i % 3 else ''} document {i % 700} " * (i % 9) for i in range(1500)]
+        records = [{"text": text} if i % 4 else {"messages": [{"role": "user", "content": text}]}
+                   for i, text in enumerate(texts)]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    sources = f"corpus.sources=[{{path: '{tmp_path}/a.jsonl', share: 2}}, {{path: '{tmp_path}/b.jsonl'}}]"
+    return [*study, sources, "corpus.deduplicate=true", "corpus.shuffle_buffer=50", "corpus.tokens_per_shard=1500"]
 
 
-def test_shares_hold_to_the_token_and_along_the_way(tmp_path: Path):
-    a = write(tmp_path / "a.jsonl", [{"text": "a" * (10 + i % 23)} for i in range(400)])
-    b = write(tmp_path / "b.jsonl", [{"text": "b" * (40 + i % 61)} for i in range(400)])
-    corpus = CorpusConfig([SourceConfig(a, share=3), SourceConfig(b, share=1)], num_tokens=4001)
-    taken, worst = {"a": 0, "b": 0}, 0.0
-    for document in mixed(corpus, tiny.tokenizer()):
-        taken[document.source] += len(document.token_ids)
-        worst = max(worst, abs(taken["a"] - 3 * taken["b"]))
-    assert taken == {"a": 3001, "b": 1000}  # 3/4 of 4001, rounded, and the rest
-    assert worst <= 3 * 102  # never further apart than one longest document of b
-
-
-def test_without_a_budget_every_document_comes_once(tmp_path: Path):
-    a = write(tmp_path / "a.jsonl", [{"text": f"alpha text {i}"} for i in range(7)])
-    b = write(tmp_path / "b.jsonl", [{"text": f"beta text {i}"} for i in range(3)])
-    ids = [d.doc_id for d in mixed(CorpusConfig([SourceConfig(a), SourceConfig(b)]), tiny.tokenizer())]
-    assert sorted(ids) == sorted([f"a/{i}" for i in range(7)] + [f"b/{i}" for i in range(3)])
-
-
-def test_a_source_that_is_too_small_is_named(tmp_path: Path):
-    a = write(tmp_path / "a.jsonl", [{"text": "a" * 20}])
-    with pytest.raises(BadInput, match=r"source a holds 21 tokens; .*num_tokens=100 is 100"):
-        list(mixed(CorpusConfig([SourceConfig(a)], num_tokens=100), tiny.tokenizer()))
-
-
-def test_long_documents_are_cut_and_short_ones_left_out(tmp_path: Path):
-    a = write(tmp_path / "a.jsonl", [{"text": "x" * 500}, {"text": "yy"}, {"text": ""}])
-    kept = list(mixed(CorpusConfig([SourceConfig(a)], context_length=64, min_tokens=8), tiny.tokenizer()))
-    assert [len(d.token_ids) for d in kept] == [64]
-
-
-def test_a_chat_has_one_bos_and_spans_of_its_contents():
-    tokenizer = tiny.tokenizer()
-    turns = [{"role": "user", "content": "héllo"}, {"role": "assistant", "content": "hi héllo"}]
-    document = encode_chat(tokenizer, Document("d", "s", None, turns))
-    ids = document.token_ids.tolist()
-    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
-    assert [tokenizer.decode(ids[start:end]) for _, start, end in document.roles] == ["héllo", "hi héllo"]
-    assert [role for role, _, _ in document.roles] == ["user", "assistant"]
-
-
-def test_a_chat_without_any_template_is_refused():
-    with pytest.raises(BadInput, match="no model of the study has a chat template"):
-        encode_chat(tiny.tokenizer(chat=False), Document("d7", "s", None, [{"role": "user", "content": "x"}]))
-
-
-def test_different_tokenizers_are_shown(study: list[str], tmp_path: Path):
-    other = tiny.save_model(tmp_path / "other")
-    tiny.tokenizer(extra="zzz").save_pretrained(other)
-    settings = compose(ExtractSettings, [*study, f"models.tuned={other}"])
-    with pytest.raises(BadInput, match="different tokenizers.*zzz"):
-        study_tokenizer(settings)
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("shard-*")}
 
 
 def test_tokens_are_made_once_and_refused_under_other_settings(study: list[str], capsys: pytest.CaptureFixture):
@@ -82,38 +50,130 @@ def test_tokens_are_made_once_and_refused_under_other_settings(study: list[str],
         make_tokens(compose(ExtractSettings, [*study, "corpus.context_length=10"]))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"text": "ok"}\n\xff\xfe', "line 2 is not UTF-8"),
-        (b'{"text": "ok"}\n{"text": ', "line 2 is not JSON"),
-        (b'{"body": "ok"}', r"neither 'text' nor 'messages', but \['body'\]"),
-        (b'{"text": 3}', "'text' is int"),
-        (b"[1]", "not a JSON object"),
-        (b'{"messages": [{"from": "user"}]}', "a chat turn must be"),
-    ],
-)
-def test_records_that_cannot_be_read_are_named_with_file_and_line(tmp_path: Path, content: bytes, message: str):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(BadInput, match=message):
-        list(read_source(SourceConfig(str(path))))
+def test_the_seed_is_part_of_the_tokens_only_where_it_orders_them(study: list[str]):
+    make_tokens(compose(ExtractSettings, study))
+    make_tokens(compose(ExtractSettings, [*study, "seed=1"]))
+    shuffled = [*study, "corpus.shuffle_buffer=10", "store=${outputs}/shuffled"]
+    zero = make_tokens(compose(ExtractSettings, shuffled))
+    with pytest.raises(BadInput, match="seed: 0 there, 1 now"):
+        make_tokens(compose(ExtractSettings, [*shuffled, "seed=1"]))
+    one = make_tokens(compose(ExtractSettings, [*shuffled, "seed=1", "store=${outputs}/other"]))
+    ids = [[document.doc_id for document in store] for store in (zero, one)]
+    assert ids[0] != ids[1] and sorted(ids[0]) == sorted(ids[1])
 
 
-@pytest.mark.parametrize("path", ["", "missing.jsonl", "/nowhere/at/all"])
-def test_a_path_that_leads_nowhere_is_refused(path: str):
-    with pytest.raises(BadInput):
-        check_source(SourceConfig(path))
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_bytes(long_study: list[str], tmp_path: Path):
+    whole = make_tokens(compose(ExtractSettings, long_study))
+    expected = shards(whole.folder)
+    assert len(expected) > 40
+    arguments = [*long_study, f"store={tmp_path / 'killed'}"]
+    folder, chance = tmp_path / "killed" / "tokens", random.Random(0)
+    for _ in range(3):
+        there = len(list(folder.glob("*.index")))
+        process = subprocess.Popen([sys.executable, "-m", "extract.tokens", *arguments], stdout=subprocess.DEVNULL)
+        while len(list(folder.glob("*.index"))) < there + 3 and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.02)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL and not (folder / "manifest.json").exists()
+    store = make_tokens(compose(ExtractSettings, arguments))
+    assert shards(folder) == expected
+    assert store.manifest.content_sha256() == whole.manifest.content_sha256()
+    assert store.manifest.provenance["sources"] == whole.manifest.provenance["sources"]
+
+
+def test_what_is_done_is_not_tokenised_again(long_study: list[str], monkeypatch: pytest.MonkeyPatch):
+    settings = compose(ExtractSettings, long_study)
+    whole = make_tokens(settings)
+    expected, ids = shards(whole.folder), [document.doc_id for document in whole]
+    missing = sorted(expected)[-12]  # 6 of the archives and indexes from here on
+    (whole.folder / "manifest.json").unlink()
+    for path in whole.folder.glob("shard-*"):
+        if path.name >= missing:
+            path.unlink()
+    done = sum(len(json.loads(data)["documents"]) for name, data in shards(whole.folder).items() if "index" in name)
+    encode, encoded = Encoder.encode, []
+    monkeypatch.setattr(Encoder, "encode", lambda self, some: encoded.extend(some) or encode(self, some))
+    assert [document.doc_id for document in make_tokens(settings)] == ids and shards(whole.folder) == expected
+    assert {document.doc_id for document in encoded} >= set(ids[done:])
+    assert not {document.doc_id for document in encoded} & set(ids[:done])
+
+
+def test_a_shard_that_was_damaged_is_made_again(long_study: list[str]):
+    settings = compose(ExtractSettings, long_study)
+    folder = make_tokens(settings).folder
+    expected = shards(folder)
+    (folder / "manifest.json").unlink()
+    shard = folder / "shard-00003.tar"
+    os.truncate(shard, shard.stat().st_size - 1)
+    make_tokens(settings)
+    assert shards(folder) == expected
+
+
+def test_counts_are_printed_and_kept(study: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
+    """One byte is one token, and BOS is one more."""
+    path = tmp_path / "few.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in ["x" * 50, "", "short", "y" * 10]))
+    store = make_tokens(compose(ExtractSettings, [*study, f"corpus={path}", "corpus.context_length=30"]))
+    counts = store.manifest.provenance["sources"]["few"]
+    expected = {"read": 4, "kept": 2, "tokens": 41, "truncated": 1, "empty": 1, "too_short": 1}
+    assert SourceState(**counts).counts == expected
+    line = "source few: 100.0% of the tokens; 4 read, 2 kept, 41 tokens, 1 truncated, 1 empty, 1 too short"
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_corpus_that_changed_is_named(study: list[str], tmp_path: Path, is_finished: bool):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document number {i}"}) + "\n" for i in range(100)))
+    settings = compose(ExtractSettings, [*study, f"corpus={path}"])
+    folder = make_tokens(settings).folder
+    if not is_finished:
+        (folder / "manifest.json").unlink()
+        (folder / "shard-00002.index").unlink()
+    path.touch()  # a new time alone is no change
+    make_tokens(settings)
+    path.write_text(path.read_text().replace("number 99", "number 66"))
+    with pytest.raises(BadInput, match=r"corpus file .*mine.jsonl has changed since the tokens in .*store=PATH"):
+        make_tokens(settings)
+
+
+def test_an_error_amid_the_corpus_keeps_what_is_finished(
+    study: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("extract.records.CHECKED_BYTES", 1000)
+    monkeypatch.setattr("extract.corpus.FIRST_DOCUMENTS", 10)
+    good = b"".join(json.dumps({"text": f"document number {i}"}).encode() + b"\n" for i in range(1000))
+    path = tmp_path / "late.jsonl"
+    path.write_bytes(good + b'{"text": "caf\xe9"}\n')
+    settings = compose(ExtractSettings, [*study, f"corpus={path}"])
+    with pytest.raises(BadInput, match="late.jsonl, line 1001 is not UTF-8"):
+        make_tokens(settings)
+    before = shards(settings.tokens_folder)
+    assert len(before) > 50 and not (settings.tokens_folder / "manifest.json").exists()
+    mended = good + '{"text": "long enough café"}\n'.encode()
+    path.write_bytes(mended.replace(b"number 3", b"number 8", 1))  # a document that was read is another now
+    with pytest.raises(BadInput, match="late.jsonl has changed since the tokens"):
+        make_tokens(settings)
+    path.write_bytes(mended)
+    store = make_tokens(settings)
+    assert store.num_documents == 1001 and before.items() <= shards(store.folder).items()
+    assert make_tokens(compose(ExtractSettings, settings.composed_from)).num_documents == 1001
+    fresh = make_tokens(compose(ExtractSettings, [*settings.composed_from, "store=${outputs}/fresh"]))
+    assert fresh.manifest.content_sha256() == store.manifest.content_sha256()
 
 
 def test_text_that_is_not_utf8_is_found_before_anything_is_written(study: list[str], tmp_path: Path):
-    good = b'{"text": "long enough to be kept"}\n' * 100
+    good = b'{"text": "long enough to be kept"}\n' * 2000  # beyond the first documents that are looked at
     path = tmp_path / "late.jsonl"
     path.write_bytes(good + b'{"text": "caf\xe9"}\n')
-    with pytest.raises(BadInput, match="late.jsonl, line 101 is not UTF-8"):
-        make_tokens(compose(ExtractSettings, [*study, f"corpus={path}"]))
+    settings = compose(ExtractSettings, [*study, f"corpus={path}"])
+    with pytest.raises(BadInput, match="late.jsonl, line 2001 is not UTF-8"):
+        make_tokens(settings)
+    assert not settings.tokens_folder.exists()
     path.write_bytes(good)
-    assert make_tokens(compose(ExtractSettings, [*study, f"corpus={path}"])).num_documents == 100
+    assert make_tokens(settings).num_documents == 2000
 
 
 def test_a_source_without_documents_is_named(study: list[str], tmp_path: Path, corpus_file: Path):
@@ -124,6 +184,14 @@ def test_a_source_without_documents_is_named(study: list[str], tmp_path: Path, c
         make_tokens(compose(ExtractSettings, [*study, sources]))
 
 
+def test_a_chat_without_any_template_is_refused_before_anything_is_written(study: list[str], tmp_path: Path):
+    models = [f"models.{name}={tiny.save_model(tmp_path / name, chat=False)}" for name in ("base", "tuned")]
+    settings = compose(ExtractSettings, [*study, *models])
+    with pytest.raises(BadInput, match="no model of the study has a chat template"):
+        make_tokens(settings)
+    assert not settings.tokens_folder.exists()
+
+
 def test_a_model_can_join_a_study_whose_tokens_exist(study: list[str], tmp_path: Path):
     before = make_tokens(compose(ExtractSettings, study))
     third = tiny.save_model(tmp_path / "third", seed=7)
@@ -131,45 +199,18 @@ def test_a_model_can_join_a_study_whose_tokens_exist(study: list[str], tmp_path:
     assert after.manifest.content_sha256() == before.manifest.content_sha256()
 
 
-@pytest.mark.parametrize("setting", ["num_tokens=0", "context_length=0", "sources=[{path: x.jsonl, share: 0}]"])
+@pytest.mark.parametrize(
+    "setting",
+    ["num_tokens=0", "context_length=0", "max_tokens=7", "shuffle_buffer=-1", "sources=[{path: x.jsonl, share: 0}]"],
+)
 def test_numbers_that_make_no_corpus_are_refused(study: list[str], setting: str):
     with pytest.raises(BadInput, match="corpus"):
         compose(ExtractSettings, [*study, f"corpus.{setting}"])
 
 
-def test_a_quote_in_the_name_of_a_corpus(tmp_path: Path):
+def test_a_quote_in_the_name_of_a_corpus():
     settings = compose(ExtractSettings, ["experiment=demo", "corpus=it's here.jsonl"])
     assert settings.corpus.sources[0].path == "it's here.jsonl"
-
-
-def test_an_empty_file_is_refused(tmp_path: Path):
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(BadInput, match="is empty"):
-        check_source(SourceConfig(str(tmp_path / "empty.jsonl")))
-
-
-def test_parquet_folders_and_datasets_give_the_same_documents(tmp_path: Path):
-    import datasets
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    records = [{"text": f"text number {i}"} for i in range(5)]
-    folder = tmp_path / "parts"
-    folder.mkdir()
-    parquet.write_table(pa.Table.from_pylist(records[:3]), folder / "0.parquet")
-    write(folder / "1.jsonl", records[3:])
-    texts = [d.text for d in read_source(SourceConfig(str(folder)))]
-    datasets.Dataset.from_list(records).to_json(tmp_path / "hub.json")
-    hub = tmp_path / "hub"
-    hub.mkdir()
-    (tmp_path / "hub.json").rename(hub / "train.json")  # a folder that only `datasets.load_dataset` understands
-    assert texts == [d.text for d in read_source(SourceConfig(str(hub)))] == [r["text"] for r in records]
-
-
-def test_a_dataset_that_cannot_be_opened_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(BadInput, match="neither a file nor a dataset that could be opened"):
-        next(read_source(SourceConfig("nobody/nothing")))
 
 
 def test_token_ids_are_those_of_the_tokenizer(study: list[str]):
@@ -178,3 +219,16 @@ def test_token_ids_are_those_of_the_tokenizer(study: list[str]):
     for document in make_tokens(settings):
         if document.text:
             assert np.array_equal(document.token_ids, tokenizer(document.text)["input_ids"])
+        else:
+            rendered = tokenizer.apply_chat_template(document.messages, tokenize=False)
+            assert np.array_equal(document.token_ids, tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def test_the_index_says_where_the_sources_stand(long_study: list[str]):
+    folder = make_tokens(compose(ExtractSettings, long_study)).folder
+    indexes = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.index"))]
+    tokens = np.cumsum([sum(count for _, count in index["documents"]) for index in indexes])
+    stands = [index["resume"]["sources"] for index in indexes]
+    assert [sum(state["tokens"] for state in stand.values()) for stand in stands] == tokens.tolist()
+    final = Manifest.read(folder).provenance["sources"]
+    assert all(stands[-1][name]["read"] <= state["read"] == 1500 for name, state in final.items())

@@ -107,3 +107,48 @@ def test_values_are_json(tmp_path):
     checkpoints_of(tmp_path).save(state_after(5))
     values = json.loads((tmp_path / "checkpoints" / "step-00000005" / "state.json").read_text())
     assert values["values"]["steps_done"] == 5
+
+
+def flip_last_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["header", "number"])
+def test_a_damaged_one_of_the_right_size_is_ignored_and_named(tmp_path, caplog, damage):
+    checkpoints = checkpoints_of(tmp_path, keep=3)
+    for steps in (5, 10, 15):
+        checkpoints.save(state_after(steps))
+    for steps in (10, 15):
+        tensors = tmp_path / "checkpoints" / f"step-{steps:08d}" / "state.safetensors"
+        if damage == "header":
+            tensors.write_bytes(bytes(tensors.stat().st_size))
+        else:
+            flip_last_byte(tensors)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.load().values["steps_done"] == 5
+    assert "step-00000010" in caplog.text and "step-00000015: the sha256" in caplog.text
+
+
+def test_a_damaged_later_one_does_not_push_out_an_intact_one(tmp_path):
+    checkpoints = checkpoints_of(tmp_path, keep=1)
+    checkpoints.save(state_after(15))
+    flip_last_byte(tmp_path / "checkpoints" / "step-00000015" / "state.safetensors")
+    checkpoints.save(state_after(10))
+    assert checkpoints.load().values["steps_done"] == 10
+    checkpoints.save(state_after(20))
+    assert names(tmp_path) == ["step-00000020"]
+
+
+def test_none_intact_is_an_error_and_nothing_published_is_none(tmp_path):
+    checkpoints = checkpoints_of(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000005.partial").mkdir(parents=True)
+    assert checkpoints.load() is None
+    for steps in (5, 10):
+        checkpoints.save(state_after(steps))
+    flip_last_byte(tmp_path / "checkpoints" / "step-00000005" / "state.safetensors")
+    (tmp_path / "checkpoints" / "step-00000010" / "state.json").write_text("{}")
+    with pytest.raises(BadInput, match="No checkpoint in .* is intact.*delete .*checkpoints to train from the start"):
+        checkpoints.load()
+    assert names(tmp_path) == ["step-00000005", "step-00000010"]

@@ -11,6 +11,8 @@ import torch
 from planted import HOOKPOINT, random_store, settings_of, write_documents, write_model
 
 from extract.errors import BadInput
+from extract.shards import write_activations
+from extract.stores import ActivationStore
 from train.data import ActivationPairs, BatchStream, heldout_batches
 
 
@@ -132,6 +134,38 @@ def test_stores_of_different_precision_are_read_as_float32(tmp_path):
     pairs = ActivationPairs.open(settings_of(tmp_path))
     batch = pairs.gather(np.array([25, 3]))
     torch.testing.assert_close(batch[:, :, 0], torch.tensor([[3.5, 2.1], [1.5, 0.1]]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("codec", ["fp8", "int8"])
+def test_rows_of_coded_stores_are_those_of_their_documents(tmp_path, codec):
+    lengths = random_store(tmp_path / "store")
+    store = tmp_path / "store"
+    for model in ("base", "tuned"):
+        source = ActivationStore(store / "activations" / model / HOOKPOINT)
+        documents = ((key, source.document(i)) for i, key in enumerate(source.keys))
+        write_activations(store, model, "block4", documents, codec=codec)
+    settings = settings_of(tmp_path)
+    settings.hookpoint = "block4"
+    coded, plain = ActivationPairs.open(settings), ActivationPairs.open(settings_of(tmp_path))
+    everything = torch.cat(all_documents(coded))
+    rows = np.random.default_rng(0).permutation(sum(lengths))
+    batch = coded.gather(rows)
+    assert batch.dtype == torch.float32 and torch.equal(batch.double(), everything[rows])
+    error = (everything - torch.cat(all_documents(plain))).norm() / everything.norm()
+    assert 0 < error < {"fp8": 0.04, "int8": 0.01}[codec]  # far from another model's or token's values
+
+
+def test_a_remote_store_trains_like_a_local_one(folder, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("CROSSDIFF_CACHE", str(tmp_path / "cache"))
+    settings = settings_of(folder)
+    settings.store = f"pipe:cat {folder}/store"
+    remote = ActivationPairs.open(settings)
+    assert remote.content_sha256 == pairs.content_sha256
+    batches = [BatchStream(each, seed=0, num_tokens_per_step=50).batch(3) for each in (remote, pairs)]
+    assert torch.equal(*batches)
+    settings.hookpoint = "block9"
+    with pytest.raises(BadInput, match="base/block9/manifest.json could not be fetched"):
+        ActivationPairs.open(settings)
 
 
 def test_held_out_documents_are_a_matter_of_content_alone(tmp_path):

@@ -10,9 +10,8 @@ import torch
 from planted import settings_of
 from scipy.optimize import linear_sum_assignment
 
-from extract.errors import BadInput
 from train.config import CrosscoderConfig, TrainingConfig
-from train.engine import SingleEngine, choose_device, learning_rate_factor
+from train.engine import SingleEngine, learning_rate_factor
 from train.losses import readable_forward, training_losses
 from train.metrics import VarianceExplained, validation_metrics
 
@@ -186,11 +185,6 @@ def test_validation_uses_inference_codes_once_there_is_a_threshold(tmp_path):
     for m, model in enumerate(("base", "tuned")):
         expected = 1 - (x[:, m] - recons[:, m]).square().sum() / (x[:, m] - x[:, m].mean(0)).square().sum()
         assert metrics[f"val/variance_explained/{model}"] == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_an_impossible_device_is_named():
-    with pytest.raises(BadInput, match="training.device=quantum"):
-        choose_device("quantum", "training.device")
 
 
 def planted_batches(count, num_tokens, generator):

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from train.config import CrosscoderConfig
 from train.crosscoder import Crosscoder
 from train.losses import readable_forward, training_losses
-from train.sparse import sparse_forward
+from train.metrics import evaluation_codes
+from train.sparse import sparse_forward, sparse_reconstruction
 
 
 def crosscoder_of(generator, num_models, d_model, config, dtype):
@@ -100,6 +101,23 @@ def test_more_wanted_than_positive():
 def test_all_latents_dead_and_more_than_auxk_takes():
     crosscoder, x_BMD = small(auxk_alpha=0.5)
     assert_equal_steps(crosscoder, x_BMD, 32, torch.ones(30, dtype=torch.bool), 1e-12)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 1.5, 1e9])
+def test_the_sparse_decode_equals_the_dense_one(threshold):
+    """Codes of the k * B selection, all positive ones, some, and none."""
+    crosscoder, x_BMD = small()
+    crosscoder.threshold = threshold
+    selection, code_S = evaluation_codes(crosscoder, x_BMD)
+    acts_BL = torch.zeros(len(x_BMD), 30, dtype=code_S.dtype)
+    for token, latent, code in zip(*selection, code_S, strict=True):
+        acts_BL[token, latent] = code
+    if threshold is not None:
+        pre_BL = crosscoder.pre_activations(x_BMD)
+        assert torch.equal(acts_BL, torch.where(pre_BL * crosscoder.latent_scale() > threshold, pre_BL, 0.0))
+    assert (len(code_S) == 0) == (threshold == 1e9)
+    recons_BMD = sparse_reconstruction(crosscoder, selection, code_S, len(x_BMD))
+    torch.testing.assert_close(recons_BMD, crosscoder.reconstruct(acts_BL).detach(), rtol=1e-12, atol=1e-12)
 
 
 class LargestResult(TorchDispatchMode):

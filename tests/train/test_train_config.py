@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 from planted import settings_of
 
+from extract.command import compose, experiment_of
 from extract.config import KeptConfig
 from extract.errors import BadInput
 from train.config import CrosscoderConfig, DataConfig, TrainingConfig, TrainSettings
@@ -84,9 +86,36 @@ def test_run_name_lists_what_differs_from_the_experiment_and_matters(tmp_path):
     settings = change(change(change(experiment, "training.lr", 1e-3), "crosscoder.k", 5), "hookpoint", "block9")
     settings = change(change(settings, "training.device", "cuda"), "training.log_every", 3)
     settings = change(change(settings, "tracking.project", "other"), "training.adam_betas", [0.8, 0.99])
-    expected = "base_tuned,crosscoder.k=5,hookpoint=block9,training.adam_betas=[0.8,0.99],training.lr=0.001"
+    expected = "base_tuned,adam_betas=[0.8,0.99],hookpoint=block9,k=5,lr=0.001"
     assert run_name(settings, experiment) == expected
     assert run_folder(settings, experiment) == tmp_path / "runs" / expected
+
+
+def test_a_setting_whose_name_two_sections_share_is_named_in_full(tmp_path, monkeypatch):
+    experiment = settings_of(tmp_path)
+    settings = change(experiment, "crosscoder.k", 5)
+    with_namesake = {"crosscoder.k": 3, "data.k": 1, "training.lr": 0.1}
+    monkeypatch.setattr("train.runs.result_settings", lambda s: with_namesake | {"crosscoder.k": s.crosscoder.k})
+    assert run_name(settings, experiment) == "base_tuned,crosscoder.k=5"
+
+
+def test_models_and_text_are_the_identity_of_the_study_and_not_part_of_a_name(tmp_path):
+    command = ["experiment=pair", "models.base=a/b", "models.tuned=c/d", "corpus=text.jsonl", "study=mine"]
+    settings = compose(TrainSettings, command)
+    assert run_folder(settings, experiment_of(settings)) == Path("outputs/mine/runs/base_tuned")
+    size = ["crosscoder.num_latents=16384", "crosscoder.k=50", "crosscoder.dedicated=0.05", "training.lr=1e-3"]
+    size += ["training.num_tokens=20_000_000", "training.num_tokens_per_step=4096", "data.heldout_fraction=0.1"]
+    settings = compose(TrainSettings, [*command, *size])
+    assert run_name(settings, experiment_of(settings)) == (
+        "base_tuned,dedicated=0.05,heldout_fraction=0.1,k=50,lr=0.001,num_latents=16384,num_tokens=20000000,"
+        "num_tokens_per_step=4096"
+    )
+
+
+def test_long_names_are_cut_and_stay_apart(tmp_path):
+    experiment = change(settings_of(tmp_path), "pair", "p" * 150)
+    names = {run_name(change(change(experiment, "seed", 7), "crosscoder.k", k), experiment) for k in (4, 5)}
+    assert len(names) == 2 and all(len(name) == 160 and name.startswith("p" * 147 + ",") for name in names)
 
 
 def test_nearby_floats_have_different_names(tmp_path):

@@ -16,6 +16,7 @@ import torch
 from planted import HOOKPOINT, random_store, settings_of
 
 from extract.errors import BadInput
+from extract.interrupts import EXIT_INTERRUPTED
 from train.crosscoder import Crosscoder
 from train.data import BatchStream
 from train.trainer import EXIT_STOPPED, fit, train
@@ -81,6 +82,66 @@ def test_a_finished_run_on_other_data_is_refused(tmp_path):
     random_store(tmp_path / "store", seed=1)
     with pytest.raises(BadInput, match="other settings or data.*data: "):
         train(settings, tmp_path / "run")
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The finished run, on its own, to be damaged: its settings and its folder."""
+    shutil.copytree(finished / "store", tmp_path / "store")
+    shutil.copytree(finished / "runs" / "whole", tmp_path / "runs" / "whole")
+    return settings_of(tmp_path), tmp_path / "runs" / "whole"
+
+
+def damage(path):
+    """One flipped bit: the size and the format stay right."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("what", ["deleted", "without weights", "damaged weights", "damaged config"])
+def test_a_lost_crosscoder_is_published_again_from_the_last_checkpoint(copied, finished, monkeypatch, what):
+    settings, run = copied
+    monkeypatch.setattr(BatchStream, "batch", lambda stream, step: pytest.fail("a step was trained again"))
+    if what == "deleted":
+        shutil.rmtree(run / "crosscoder")
+    elif what == "without weights":
+        (run / "crosscoder" / "crosscoder.safetensors").unlink()
+    elif what == "damaged weights":
+        damage(run / "crosscoder" / "crosscoder.safetensors")
+    else:
+        (run / "crosscoder" / "config.json").write_text("{")
+    train(settings, run)
+    assert_same_run(run, finished / "runs" / "whole")
+
+
+def test_a_finished_run_without_checkpoints_is_still_checked(copied):
+    settings, run = copied
+    shutil.rmtree(run / "checkpoints")
+    assert train(settings, run) == run / "crosscoder"
+    assert not (run / "checkpoints").exists()
+    settings.training.lr = 0.5
+    with pytest.raises(BadInput, match="crosscoder was trained with other settings.*training.lr: 0.01 there, 0.5 now"):
+        train(settings, run)
+
+
+def test_a_run_of_which_all_is_gone_says_so_and_is_trained_again(copied, finished, caplog):
+    settings, run = copied
+    shutil.rmtree(run / "checkpoints")
+    damage(run / "crosscoder" / "crosscoder.safetensors")
+    train(settings, run)
+    assert "crosscoder.safetensors is missing or damaged" in caplog.text
+    assert "no checkpoint is left: training starts anew" in caplog.text
+    assert_same_run(run, finished / "runs" / "whole")
+
+
+def test_a_damaged_last_checkpoint_costs_the_steps_since_the_one_before(copied, finished, caplog):
+    settings, run = copied
+    shutil.rmtree(run / "crosscoder")
+    damage(run / "checkpoints" / "step-00000024" / "state.safetensors")
+    train(settings, run)
+    assert "Ignoring the damaged checkpoint" in caplog.text and "step-00000024" in caplog.text
+    assert_same_run(run, finished / "runs" / "whole")
 
 
 @pytest.mark.parametrize("at", [3, 12])
@@ -203,6 +264,41 @@ def test_a_signal_mid_run_and_a_second_start_equal_an_uninterrupted_run(uninterr
     assert process.returncode == 0, errors
     assert f"step-{steps:08d}" in errors  # where it resumed
     assert_same_run(only_run(tmp_path), only_run(uninterrupted))
+
+
+def test_a_sweep_leaves_its_runs_and_its_settings_and_nothing_empty(tmp_path):
+    random_store(tmp_path / "store")
+    short = ["training.num_tokens=320", "training.validate_every=0", "training.checkpoint_every=0"]
+    process = start(tmp_path, "crosscoder.k=3,4", "seed=0,1", *short, "-m")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["multirun.yaml", "runs", "store"]
+    assert len(list((tmp_path / "runs").glob("*/crosscoder/config.json"))) == 4
+    assert not [path for path in tmp_path.rglob("*") if path.is_dir() and not any(path.iterdir())]
+
+
+@pytest.mark.parametrize("module", ["train", "analysis", "analysis.compare"])
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path, module):
+    """A stand-in for omegaconf, which all of them import, presses Ctrl-C."""
+    (tmp_path / "omegaconf.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", module], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == EXIT_INTERRUPTED
+    assert done.stderr.strip().startswith("interrupted: ") and done.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("module", ["train", "extract.tokens"])
+def test_ctrl_c_while_hydra_composes_is_one_line(tmp_path, module):
+    """A stand-in for Hydra's last step before the command presses Ctrl-C."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import hydra._internal.hydra as h, os, signal\n"
+        "h.Hydra.run = lambda *args, **named: os.kill(os.getpid(), signal.SIGINT)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", module, "experiment=demo/base_simpo", f"outputs={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == EXIT_INTERRUPTED
+    assert done.stderr.strip().startswith("interrupted: ") and done.stderr.strip().count("\n") == 0
 
 
 def test_bad_input_is_one_line_and_status_2(uninterrupted):

@@ -1,0 +1,92 @@
+"""LoRA adapters: found, checked against the model that they were trained on, and merged into its decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from extract.config import ModelConfig
+from extract.errors import BadInput
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def adapter_folder(name: str, config: ModelConfig) -> Path | None:
+    """The folder of the model's LoRA adapter, fetched from the hub if it is not a local one."""
+    if config.adapter is None:
+        return None
+    folder = Path(config.adapter)
+    if not folder.is_dir():
+        if config.adapter.count("/") != 1:
+            raise BadInput(
+                f"models.{name}.adapter={config.adapter} is not a folder. Give a folder with {CONFIG}, or a hub id."
+            )
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(config.adapter))
+        except Exception as error:  # connection, authorisation, not found: the library raises many kinds
+            raise _cannot_load(name, config.adapter, error) from error
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).exists():
+            raise BadInput(
+                f"models.{name}.adapter={config.adapter} lacks {file}. Save the adapter with peft's save_pretrained."
+            )
+    return folder
+
+
+def check_adapter(name: str, architecture: Any, adapter: Path) -> None:
+    """BadInput unless every adapted module is in the model (peft ignores those that are not) and has that width."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        modules = dict(transformers.AutoModelForCausalLM.from_config(architecture).named_modules())
+    with _open(name, adapter) as file:
+        for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            path, found, _ = key.removeprefix("base_model.model.").partition(".lora_A")
+            if not found:
+                continue
+            weight = getattr(modules.get(path), "weight", None)
+            width = file.get_slice(key).get_shape()[-1]
+            if weight is None or width not in weight.shape:
+                there = "has no such module" if weight is None else f"has width {weight.shape[-1]} there"
+                raise BadInput(
+                    f"models.{name}.adapter={adapter} belongs to another model: {path} takes width {width}, "
+                    f"models.{name}.id {there}."
+                )
+
+
+def merge_adapter(decoder: nn.Module, adapter: Path) -> None:
+    """Add the adapter's products B A, scaled, to the weights of `decoder`, in the weights' own precision.
+
+    An adapter names its modules from the model with a head; a shell with the decoder under its usual name stands for
+    that model, so the head is never built. Adapted blocks beyond a cut find no module and are left out.
+    """
+    from peft import PeftConfig, PeftModel  # slow to import, and most models need none
+
+    shell = nn.Module()
+    shell.add_module(str(decoder.base_model_prefix), decoder)
+    config = PeftConfig.from_pretrained(str(adapter))
+    config.task_type = None  # peft would ask the shell to generate text
+    with torch.no_grad():
+        PeftModel.from_pretrained(shell, str(adapter), config=config).merge_and_unload()
+
+
+def _open(name: str, adapter: Path) -> Any:
+    try:
+        return safe_open(adapter / WEIGHTS, "pt")
+    except SafetensorError as error:
+        raise _cannot_load(name, str(adapter), error) from error
+
+
+def _cannot_load(name: str, place: str, error: Exception) -> BadInput:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return BadInput(
+        f"models.{name}: the adapter of {place} could not be loaded ({first}). Check models.{name}.adapter; gated "
+        f"repositories need HF_TOKEN."
+    )

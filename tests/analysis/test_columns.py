@@ -1,0 +1,85 @@
+"""Columns of pairs of models: what was written for three is read back for any two; the worst of several counts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis import figures
+from analysis.cards import nearest_to, read_rows
+from analysis.columns import delta_norm_of, models_of, nu_of, of_two_models, read_columns
+from analysis.config import OwnerConfig
+from tests.analysis.made_study import NUM_LATENTS, write_latents, write_latents_of_many
+
+MODELS = ["base", "simpo", "dpo"]
+OWN = {"base": {9}, "simpo": {300, 301}, "dpo": {350}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_latents_of_many(tmp_path / "latents.parquet", MODELS, OWN)
+    return tmp_path
+
+
+def test_models_come_in_their_order(folder: Path) -> None:
+    assert models_of(folder) == MODELS
+
+
+@pytest.mark.parametrize("tuned", ["simpo", "dpo"])
+def test_two_of_three_models_look_like_a_crosscoder_of_these_two(folder: Path, tuned: str) -> None:
+    columns = read_columns(folder)
+    seen = of_two_models(columns, MODELS, "base", tuned)
+    assert {"owner", "dedicated", "delta_norm", "nu_error_base", f"nu_error_{tuned}"} <= seen.keys()
+    owners = {name: set(np.flatnonzero(seen["owner"] == name)) for name in MODELS}
+    assert owners == {name: OWN[name] if name in ("base", tuned) else set() for name in MODELS}
+    assert seen["delta_norm"][9] == 0 and set(seen["delta_norm"][sorted(OWN[tuned])]) == {1}
+    np.testing.assert_array_equal(seen[f"nu_error_{tuned}"], columns[f"nu_error_{tuned}_base"])
+    np.testing.assert_array_equal(seen["nu_reconstruction_base"], columns[f"nu_reconstruction_base_{tuned}"])
+
+
+def test_two_models_are_themselves(tmp_path: Path) -> None:
+    write_latents(tmp_path / "latents.parquet", MODELS[:2], {300})
+    columns = read_columns(tmp_path)
+    for name, column in of_two_models(columns, MODELS[:2], *MODELS[:2]).items():
+        np.testing.assert_array_equal(column, columns[name])
+
+
+@pytest.mark.parametrize("tuned", ["simpo", "dpo"])
+def test_figures_show_each_tuned_model_beside_the_base(folder: Path, tuned: str) -> None:
+    pair, colours = ["base", tuned], figures.model_colours([MODELS])
+    seen = of_two_models(read_columns(folder), MODELS, *pair)
+    histogram = figures.delta_norm_histogram(seen, pair, colours, OwnerConfig())
+    labels = [text.get_text() for text in histogram.axes[0].get_legend().get_texts()]
+    assert {"base-only (1)", f"{tuned}-only ({len(OWN[tuned])})"} <= set(labels)
+    scatter = figures.nu_scatter(seen, pair, colours, OwnerConfig())
+    own = scatter.axes[1].collections[-1].get_offsets()
+    assert sorted(own[:, 0].tolist()) == sorted(seen[f"nu_error_{tuned}"][sorted(OWN[tuned])].tolist())
+
+
+ROW = {
+    "delta_norm_b_s": 0.9, "delta_norm_s_b": 0.1, "delta_norm_b_d": 0.3, "delta_norm_d_b": 0.7,
+    "delta_norm_s_d": 0.2, "delta_norm_d_s": 0.8,
+    "nu_error_s_b": 0.1, "nu_error_s_d": -0.4, "nu_reconstruction_s_b": 0.3, "nu_reconstruction_s_d": 0.2,
+    "nu_error_b_s": math.nan, "nu_error_b_d": 0.5, "nu_reconstruction_b_s": 0.5, "nu_reconstruction_b_d": math.nan,
+}  # fmt: skip
+
+
+def test_the_worst_of_several_models_counts() -> None:
+    models = ["b", "s", "d"]
+    assert delta_norm_of(ROW, models, "b") == 0.9  # s has the latent most, which speaks against b
+    assert delta_norm_of(ROW, models, "s") == 0.8  # 0.9 towards b, 0.8 towards d
+    assert nu_of(ROW, models, "s") == (-0.4, 0.3)
+    assert all(math.isnan(value) for value in nu_of(ROW, models, "b"))  # first or last, NaN passes no threshold
+    assert delta_norm_of({"delta_norm": 0.2}, models[:2], "s") == 0.2
+    assert nu_of({"nu_error_s": 0.1, "nu_reconstruction_s": 0.2}, models[:2], "s") == (0.1, 0.2)
+
+
+def test_the_nearest_latents_of_a_third_model_are_measured_against_all_others(tmp_path: Path) -> None:
+    write_latents_of_many(tmp_path / "latents.parquet", MODELS, {})
+    rows = read_rows(tmp_path)
+    leaning = {row["latent"]: min(row["delta_norm_base_dpo"], row["delta_norm_simpo_dpo"]) for row in rows}
+    found = [near.latent for near in nearest_to("dpo", rows, MODELS, OwnerConfig())]
+    assert found == sorted(range(NUM_LATENTS), key=lambda latent: -leaning[latent])[:5]
