@@ -235,9 +235,9 @@ def test_a_behaviour_found_in_the_base_is_not_called_added(tmp_path: Path) -> No
     line = "behaviour,ask_back,base,17,1.0,0.88,0.81,0.93,0.97,0.95,0.99,40,900,True"
     (folder / "tags.csv").write_text(re.sub(r"behaviour,ask_back,base,.*", line, tags))
     analyse(settings, [folder])
-    section = Page(report(settings, [folder]).read_text(encoding="utf-8")).all("section")[0]
-    assert "which tuning did not add" in words(section.text)
-    assert "what it replaced on the same documents: ask back (base in base_simpo, latent 17, F1 0.88)" in words(section.text)
+    said = words(Page(report(settings, [folder]).read_text(encoding="utf-8")).all("section")[0].text)
+    assert "which tuning did not add" in said
+    assert "what it replaced on the same documents: ask back (base in base_simpo, latent 17, F1 0.88)" in said
 
 
 def test_verdicts() -> None:
