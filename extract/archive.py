@@ -259,7 +259,6 @@ class MappedShard:
         if origin is None:
             self._check_size()
         elif _sha256_of(index_path) != entry.index_sha256:
-            index_path.unlink(missing_ok=True)
             fetch(origin, index_path, None, entry.index_sha256)
         self.index = read_index(index_path)
         if _sha256_of(index_path) != entry.index_sha256:

@@ -69,7 +69,10 @@ def look(path: Path) -> Seen | None:
             content, touched = file.read(), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
-    return Seen(Holder(**json.loads(content)) if content.endswith(b"}") else None, touched)
+    try:
+        return Seen(Holder(**json.loads(content)), touched)
+    except (ValueError, TypeError):  # its maker has not written its name yet, or a crash of the system lost it
+        return Seen(None, touched)
 
 
 def clock(folder: Path) -> float:

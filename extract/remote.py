@@ -95,12 +95,14 @@ def refuse_writing(location: str | Path) -> None:
 def fetch(url: str, path: Path, num_bytes: int | None, sha256: str) -> None:
     """Publish the file `path.name` of the store at `url` as `path`, unless another process has done so meanwhile.
 
+    A file of unknown size, an index, is replaced if it is no longer what arrived; never removed, for others read it.
+
     Raises:
         BadInput: it cannot be read, or is not what the manifest says; `path` then does not exist.
     """
     source = _file_url(url, path.name)
     with _locked(path):
-        if path.exists():
+        if path.exists() and (num_bytes is not None or _sha256_of(path) == sha256):
             return
         for left_by_a_killed_process in path.parent.glob(f"{path.name}.*.partial"):
             left_by_a_killed_process.unlink()
@@ -118,6 +120,10 @@ def fetch(url: str, path: Path, num_bytes: int | None, sha256: str) -> None:
                     f"{f', expected {num_bytes}' if num_bytes else ''}). The transfer or the remote copy is damaged, "
                     "or the store was written anew: try again, or verify the remote store where it was made."
                 )
+
+
+def _sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _file_url(url: str, name: str) -> str:

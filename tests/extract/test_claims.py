@@ -50,8 +50,9 @@ def test_a_claim_of_a_dead_process_of_this_host_is_taken_at_once(tmp_path: Path)
         assert claims.take("dead") and claims.take("alive") is None
 
 
-def test_a_claim_whose_maker_died_before_writing_its_name_times_out(tmp_path: Path):
-    (tmp_path / "shard.claim").touch()
+@pytest.mark.parametrize("content", ["", "{", '{"host": "a"}', "[1]", "\0\0\0"])
+def test_a_claim_whose_maker_died_before_writing_its_name_times_out(tmp_path: Path, content: str):
+    (tmp_path / "shard.claim").write_text(content)
     with Claims(tmp_path, 60) as claims:
         assert claims.take("shard") is None
         os.utime(tmp_path / "shard.claim", (time.time() - NAMELESS_S - 1,) * 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import os
 import shutil
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from extract import remote
+from extract import archive, remote
 from extract.archive import start_folder
 from extract.config import ExtractSettings
 from extract.errors import BadInput
@@ -206,6 +207,33 @@ def test_threads_and_processes_fetch_a_file_once(url: str, cache: Path):
         assert list(threads.map(read, range(4))) == ["text 3"] * 4
     assert [process.communicate()[0] for process in processes] == [b"text 3\n"] * 2
     assert Handler.asked["shard-00001.tar"] == Handler.asked["shard-00001.index"] == 1
+
+
+def test_who_comes_late_neither_removes_nor_fetches_what_another_published(
+    store: Path, url: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Between the look for an index and its fetch, another process publishes it."""
+    real = archive._sha256_of
+
+    def late(path: Path) -> str | None:
+        digest = real(path)
+        if digest is None:
+            data = (store / "tokens" / path.name).read_bytes()
+            remote.fetch(f"{url}/tokens", path, None, hashlib.sha256(data).hexdigest())
+        return digest
+
+    monkeypatch.setattr(archive, "_sha256_of", late)
+    assert TokenStore(f"{url}/tokens").document(3).text == "text 3"
+    assert [Handler.asked[f"shard-0000{i}.index"] for i in range(3)] == [1, 1, 1]
+
+
+def test_an_index_damaged_in_the_cache_is_fetched_again(url: str, cache: Path):
+    TokenStore(f"{url}/tokens")
+    (index,) = cache.rglob("shard-00001.index")
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-9])
+    assert TokenStore(f"{url}/tokens").document(3).text == "text 3"
+    assert index.read_bytes() == whole and Handler.asked["shard-00001.index"] == 2
 
 
 def test_a_process_killed_while_fetching_holds_nobody_up(store: Path, cache: Path, tmp_path: Path):
