@@ -14,7 +14,7 @@ from pathlib import Path
 from analysis import statistics
 from analysis.config import AnalysisSettings, CompareConfig
 from analysis.counts import LEVELS, Counts, columns_of_folders, counts_of_folders, folders_by_base
-from analysis.tables import ENDINGS, Table, interval, percent, probability, signed, write_table
+from analysis.tables import ENDINGS, Table, interval, percent, probability, signed, stated, write_table
 from analysis.taxonomy import DEFAULT, load_taxonomy
 
 TABLES = "tables"
@@ -56,6 +56,8 @@ class Comparison:
     global_p: float
     claim: str
     confidence: float
+    # Who described the latents and put them into categories; empty for counts of a file.
+    annotator: str
 
 
 def compare(settings: AnalysisSettings, folders: list[Path]) -> list[Comparison]:
@@ -106,7 +108,7 @@ def _compare_two(counts: Counts, column: int, config: CompareConfig) -> Comparis
         change_of(name, *tables[name], p, q, config.confidence)
         for name, p, q in zip(tables, pvalues, qvalues, strict=True)
     ]
-    rest_a, rest_b = (total - sum(table[i] for table in tables.values()) for i, total in ((0, total_a), (2, total_b)))
+    rest_a, rest_b = unclassified(changes)
     global_p = statistics.homogeneity(
         [change.count_a for change in changes] + [rest_a],
         [change.count_b for change in changes] + [rest_b],
@@ -115,7 +117,7 @@ def _compare_two(counts: Counts, column: int, config: CompareConfig) -> Comparis
     )
     model_a, model_b = counts.models[0], counts.models[column]
     claim = claim_of(counts.level, model_a, model_b, changes, global_p, 1 - config.confidence)
-    return Comparison(counts.level, model_a, model_b, changes, global_p, claim, config.confidence)
+    return Comparison(counts.level, model_a, model_b, changes, global_p, claim, config.confidence, counts.annotator)
 
 
 def change_of(
@@ -160,20 +162,27 @@ def claim_of(level: str, model_a: str, model_b: str, changes: list[Change], glob
     sizes = f"{total_a} latents of {model_a} and {total_b} of {model_b}"
     significant = [change for change in changes if change.q < alpha]
     corrected = f"Fisher exact tests corrected for {len(changes)} {plural}"
-    overall = f"Over all {plural} at once: p = {probability(global_p)}."
+    rest_a, rest_b = unclassified(changes)
+    overall = f"Over all {plural} at once, the {rest_a} and {rest_b} latents in none included: {stated('p', global_p)}."
     if not significant:
         smallest = min(change.q for change in changes)
         return (
-            f"No {level} differs significantly between {sizes} (smallest q = {probability(smallest)}, {corrected}). "
+            f"No {level} differs significantly between {sizes} (smallest {stated('q', smallest)}, {corrected}). "
             f"{overall} The counts may be reported; that {model_b} has more or less of any {level} may not be claimed. "
             f"{_power(changes)}"
         )
     named = "; ".join(
         f"{change.name} {'more' if change.difference > 0 else 'less'} frequent in {model_b} "
-        f"({change.count_a} of {total_a} against {change.count_b} of {total_b}, q = {probability(change.q)})"
+        f"({change.count_a} of {total_a} against {change.count_b} of {total_b}, {stated('q', change.q)})"
         for change in significant
     )
     return f"May be claimed ({corrected}): {named}. No other {level} differs significantly between {sizes}. {overall}"
+
+
+def unclassified(changes: list[Change]) -> tuple[int, int]:
+    """How many latents of either model are in no category: they count towards the totals alone."""
+    total_a, total_b = (changes[0].total_a, changes[0].total_b) if changes else (0, 0)
+    return total_a - sum(change.count_a for change in changes), total_b - sum(change.count_b for change in changes)
 
 
 def _power(changes: list[Change]) -> str:
@@ -198,13 +207,14 @@ def name_of(level: str, model_a: str, model_b: str) -> str:
 def table_of(comparison: Comparison) -> Table:
     """The comparison as a table; rows in the order of the taxonomy."""
     a, b = comparison.model_a, comparison.model_b
+    by = f"Annotator: {comparison.annotator}. " if comparison.annotator else ""
     return Table(
         name=name_of(comparison.level, a, b),
         caption=f"Latents of {a} and {b} by {comparison.level}: counts, shares, difference in points, change and "
         f"{comparison.confidence:.0%} intervals; p of Fisher's exact test, q after Benjamini-Hochberg. "
-        f"{comparison.claim}",
-        columns=[field.name for field in fields(Change)],
-        raw=[list(asdict(change).values()) for change in comparison.changes],
+        f"{by}{comparison.claim}",
+        columns=[*(field.name for field in fields(Change)), "annotator"],
+        raw=[[*asdict(change).values(), comparison.annotator] for change in comparison.changes],
         heading=[
             comparison.level,
             a,

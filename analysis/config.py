@@ -174,8 +174,7 @@ def check_analysis(analysis: AnalysisConfig) -> None:
     if not 0 <= analysis.taxonomy.similarity_floor < 1:
         raise BadInput(
             f"analysis.taxonomy.similarity_floor ({analysis.taxonomy.similarity_floor}) must lie in [0, 1): 0 puts "
-            f"every "
-            "description into some category."
+            "every description into some category."
         )
     if analysis.device not in ("auto", "cpu") and not analysis.device.startswith("cuda"):
         raise BadInput(f'analysis.device ({analysis.device}) must be "auto", "cpu" or "cuda".')

@@ -22,12 +22,13 @@ LEVELS = (CLASS, CATEGORY)
 
 @dataclass(frozen=True)
 class Counts:
-    """Latents by category (or class) and model. `totals` count the unclassified ones too."""
+    """Latents by category (or class) and model. `totals` count the unclassified ones too; `annotator` named them."""
 
     level: str
     models: list[str]
     by_name: dict[str, list[int]]
     totals: list[int]
+    annotator: str = ""
 
 
 def folders_by_base(folders: list[Path]) -> list[list[Path]]:
@@ -41,12 +42,11 @@ def folders_by_base(folders: list[Path]) -> list[list[Path]]:
 def counts_of_folders(folders: list[Path], categories: list[Category]) -> list[Counts]:
     """Classes and categories of the tuned-only latents of analysis folders, one column for each tuned model."""
     columns = columns_of_folders(folders)
-    found = [
-        Counter(row.category for row in read_categories(folder) if row.owner == tuned)
-        for folder, tuned in columns.values()
-    ]
+    own = [[row for row in read_categories(folder) if row.owner == tuned] for folder, tuned in columns.values()]
+    found = [Counter(row.category for row in rows) for rows in own]
     by_name = {category.name: [counter[category.name] for counter in found] for category in categories}
-    counts = Counts(CATEGORY, list(columns), by_name, [counter.total() for counter in found])
+    annotators = "; ".join(sorted({row.annotator for rows in own for row in rows}))
+    counts = Counts(CATEGORY, list(columns), by_name, [counter.total() for counter in found], annotators)
     return [classes_of(counts, categories), counts]
 
 
@@ -70,7 +70,7 @@ def classes_of(counts: Counts, categories: list[Category]) -> Counts:
             by_class[category.group] = [
                 a + b for a, b in zip(by_class[category.group], counts.by_name[category.name], strict=True)
             ]
-    return Counts(CLASS, counts.models, by_class, counts.totals)
+    return Counts(CLASS, counts.models, by_class, counts.totals, counts.annotator)
 
 
 def read_counts(path: Path, categories: list[Category]) -> list[Counts]:

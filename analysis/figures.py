@@ -59,12 +59,12 @@ def model_colours(pairs: list[list[str]]) -> dict[str, str]:
 
 
 def training_curves(metrics: Metrics, models: list[str], colours: dict[str, str]) -> Figure:
-    """Loss of the training steps, and variance explained: training faint, held-out documents strong."""
+    """The whole loss of the training steps, and variance explained: training faint, held-out documents strong."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.2), layout="constrained")
         loss, explained = figure.subplots(1, 2)
         loss.plot(*series(metrics, "train/loss"), color=INK)
-        loss.set(title="Training loss", xlabel="step", ylabel="mean norm of the error")
+        loss.set(title="Training loss, all terms", xlabel="step")
         for model in models:
             name = f"variance_explained/{model}"
             explained.plot(*series(metrics, f"train/{name}"), color=colours[model], alpha=0.3, linewidth=0.8)
@@ -187,6 +187,8 @@ def forest(comparison: Comparison, colours: dict[str, str]) -> Figure:
         shares.set_xlim(left=0)
         differences.set(xlabel=f"{comparison.model_b} − {comparison.model_a} (points)")
         shares.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handletextpad=0.1)
+        if comparison.annotator:
+            figure.supxlabel(f"annotator: {comparison.annotator}", fontsize=6, color=GREY)
         for axes in (shares, differences):
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)

@@ -104,7 +104,7 @@ def run_pass(
 def read_batches(pairs: ActivationPairs, batch_tokens: int) -> Iterator[TokenBatch]:
     """All documents of a store in order: as many in a batch as fit `batch_tokens` kept tokens, at least one."""
     waiting: list[TokenBatch] = []
-    with tqdm(total=pairs.tokens.num_tokens, unit="tok", unit_scale=True, desc="latents") as bar:
+    with tqdm(total=pairs.tokens.num_tokens, unit="tok", unit_scale=True, desc="latents", disable=None) as bar:
         for document in range(pairs.num_documents):
             x_NMD, kept_N = pairs.document(document)
             position_B = kept_N.nonzero().squeeze(1)

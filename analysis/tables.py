@@ -131,3 +131,9 @@ def interval(low: float, high: float, digits: int = 1, scale: float = 1.0) -> st
 def probability(p: float) -> str:
     """A p or q of two decimals, three below 0.1; "<0.001" below that."""
     return "–" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def stated(name: str, p: float) -> str:
+    """A p or q within a sentence: "p = 0.36", "q < 0.001"."""
+    text = probability(p)
+    return f"{name} < {text[1:]}" if text.startswith("<") else f"{name} = {text}"

@@ -7,12 +7,14 @@ The study's tokens must have been made. The extraction writes everything that it
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.synchronize import Barrier
@@ -68,8 +70,15 @@ def extraction(work: Work, model: CutModel) -> None:
         for path in work.settings.activations_folder(work.name, hookpoint).glob("*"):
             path.unlink()
     shards.start()
-    with Claims(work.settings.claims_folder, 60) as claims:
+    with Claims(work.settings.claims_folder, 60) as claims, quiet():
         shards.compute(claims, lambda: model)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the extraction's bars and lines, which would bury the ratios."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
 
 
 @torch.inference_mode()
@@ -93,7 +102,7 @@ def worker(settings: ExtractSettings, name: str, threads: int, ready: Barrier) -
     shards = ModelShards(settings, TokenStore(settings.tokens_folder), name)
     shards.start()
     ready.wait()
-    with Claims(settings.claims_folder, 60) as claims:
+    with Claims(settings.claims_folder, 60) as claims, quiet():
         shards.compute(claims, lambda: model)
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from benchmarks.timing import machine, ratio
 from extract.archive import ShardWriter
 from extract.codecs import CODECS, Encoded
+from extract.made_with import start_folder
 from extract.shards import activation_members, key_of, token_members, write_activation_shard, write_tokens
 from extract.stores import TokenDocument, TokenStore
 
@@ -151,7 +152,9 @@ def write_samples(folder: Path, samples: list[Callable[[], dict]]) -> None:
 def write_whole(folder: Path, tokens: TokenStore, acts: list[Tensor], codec: str) -> None:
     shutil.rmtree(folder / "whole", ignore_errors=True)
     documents = zip(tokens.keys, acts, strict=True)
-    write_activation_shard(folder / "whole", 0, tokens, range(len(acts)), documents, 1, codec)
+    settings = {"skip_first_tokens": 1, "codec": codec}
+    start_folder(folder / "whole", settings)
+    write_activation_shard(folder / "whole", 0, tokens, range(len(acts)), documents, settings)
 
 
 def documents_of(store: Path, lengths: list[int]) -> TokenStore:

@@ -3,10 +3,13 @@
 import sys
 from pathlib import Path
 
-from demo.base_model import prepare_base_model
-from demo.corpus import write_corpus
-from extract.command import EXIT_BAD_INPUT
-from extract.errors import BadInput
+from extract.interrupts import one_line_interrupts
+
+with one_line_interrupts():
+    from demo.base_model import prepare_base_model
+    from demo.corpus import write_corpus
+    from extract.command import EXIT_BAD_INPUT
+    from extract.errors import BadInput
 
 
 def main(arguments: list[str]) -> None:
@@ -29,7 +32,8 @@ def outputs_folder(arguments: list[str]) -> Path:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with one_line_interrupts():
+            main(sys.argv[1:])
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

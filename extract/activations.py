@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from extract.archive import finished_shard, shard_path, start_folder
+from extract.archive import is_finished, shard_path
 from extract.background import Background
 from extract.batches import ShardActivations, compute_shard
 from extract.claims import Claim, Claims, in_turn
@@ -26,11 +26,12 @@ from extract.command import run
 from extract.config import DTYPES, ExtractSettings
 from extract.devices import choose_device
 from extract.errors import BadInput
+from extract.made_with import check_folder, settings_sha256, start_folder
 from extract.models import CutModel, check_context, check_model, load_blocks
 from extract.remote import refuse_writing
 from extract.shards import finish_activations, write_activation_shard
 from extract.stores import ActivationStore, TokenStore
-from extract.weights import weights_of
+from extract.weights import identity, weights_of
 
 POLL_S = 1.0  # between looks at what other workers finished
 
@@ -44,11 +45,12 @@ def extract(settings: ExtractSettings) -> None:
     refuse_writing(settings.store)
     tokens = TokenStore(settings.tokens_folder)
     device = worker_device(settings.activations.device, os.environ)
+    check_spread(settings, os.environ)
     _check_models(settings, int(tokens.lengths.max()))
     open_models = [ModelShards(settings, tokens, name) for name in settings.needed_models]
-    for model in open_models:
-        model.start()
     with Claims(settings.claims_folder, settings.activations.claim_timeout_s) as claims:
+        for model in open_models:
+            model.start(claims)
         while open_models:
             before, computed = open_models, 0
             open_models = []
@@ -89,6 +91,21 @@ def worker_device(name: str, environment: Mapping[str, str]) -> torch.device:
     return choose_device(name, "activations.device")
 
 
+def check_spread(settings: ExtractSettings, environment: Mapping[str, str]) -> None:
+    """BadInput when several processes of a node would each spread a model over all of its GPUs."""
+    spread = [name for name in settings.needed_models if settings.models[name].device_map]
+    variables = ["LOCAL_WORLD_SIZE"]
+    if not environment.get("SLURM_GPUS_PER_TASK"):  # else every task sees GPUs of its own
+        variables.append("SLURM_NTASKS_PER_NODE")
+    for variable in variables:
+        if spread and int(environment.get(variable) or 1) > 1:
+            raise BadInput(
+                f"models.{spread[0]}.device_map=auto spreads the model over all GPUs that a process sees, and "
+                f"{variable}={environment[variable]} processes share those of this node. Start one process a node, or "
+                f"leave device_map out."
+            )
+
+
 class ModelShards:
     """The shards of one model at all hookpoints; `missing` are those that this worker has not seen finished."""
 
@@ -98,18 +115,21 @@ class ModelShards:
         self.name = name
         self.documents = tokens.shard_documents()
         self.missing = list(range(len(self.documents)))
-        self._weights: dict = {}
+        self._finished: set[int] = set()
+        self._made_with: dict[str, dict] = {}  # by hookpoint
 
-    def start(self) -> None:
-        """Begin or continue the folders; BadInput when they hold shards of other settings."""
-        self._weights = weights_of(self.name, self.settings.models[self.name], Path(self.settings.store))
+    def start(self, claims: Claims) -> None:
+        """Begin or continue the folders; BadInput when they hold shards of other settings, or others make such."""
+        self._made_with = self._decisive_settings()
         for hookpoint, folder in self._folders().items():
-            start_folder(folder, self._made_with(hookpoint))
+            start_folder(folder, self._made_with[hookpoint], claims.others_at_work(self.name))
 
     def compute(self, claims: Claims, load: Callable[[], CutModel]) -> int:
         """Compute every missing shard that no other worker holds, if there is one with the model that `load` gives;
         returns how many tokens that were.
         """
+        for hookpoint, folder in self._folders().items():
+            check_folder(folder, self._made_with[hookpoint])  # a worker that began when we did may have replaced it
         self.missing = [number for number in self.missing if not self._is_finished(number)]
         model, began, computed, documents = None, time.monotonic(), 0, 0
         with self._bar() as bar, Background() as writing:
@@ -153,10 +173,8 @@ class ModelShards:
 
     def _write_manifests(self) -> None:
         for hookpoint, folder in self._folders().items():
-            made_with = self._made_with(hookpoint)
-            start_folder(folder, made_with)  # two first workers may have begun with different settings
             if not (folder / "manifest.json").exists():
-                finish_activations(folder, self.tokens, made_with, asdict(self.settings))
+                finish_activations(folder, self.tokens, self._made_with[hookpoint], asdict(self.settings))
 
     def _claim(self, claims: Claims, number: int) -> Claim | None:
         """The claim on a shard that is still missing; what a dead worker left of it is removed."""
@@ -183,11 +201,10 @@ class ModelShards:
         shard.wait()
         numbers = self.documents[number]
         for hookpoint, folder in self._folders().items():
-            if claim.is_held() and finished_shard(shard_path(folder, number)) is None:
+            if claim.is_held() and not self._is_finished_at(hookpoint, number):
                 rows = zip((self.tokens.keys[i] for i in numbers), shard.documents(hookpoint), strict=True)
-                skip, codec = self.settings.kept.skip_first_tokens, self.settings.activations.codec
                 try:
-                    write_activation_shard(folder, number, self.tokens, numbers, rows, skip, codec)
+                    write_activation_shard(folder, number, self.tokens, numbers, rows, self._made_with[hookpoint])
                 except FileNotFoundError:  # whoever took a lost claim over removed what was being written here
                     if claim.is_held():
                         raise
@@ -198,7 +215,14 @@ class ModelShards:
         return {hookpoint: settings.activations_folder(self.name, hookpoint) for hookpoint in settings.hookpoints}
 
     def _is_finished(self, number: int) -> bool:
-        return all(finished_shard(shard_path(folder, number)) for folder in self._folders().values())
+        """Whether a shard is there at every hookpoint; one that is stays so and is not looked at again."""
+        if number not in self._finished and all(self._is_finished_at(h, number) for h in self.settings.hookpoints):
+            self._finished.add(number)
+        return number in self._finished
+
+    def _is_finished_at(self, hookpoint: str, number: int) -> bool:
+        folder = self.settings.activations_folder(self.name, hookpoint)
+        return is_finished(shard_path(folder, number), settings_sha256(self._made_with[hookpoint]))
 
     def _bar(self) -> tqdm:
         """Of the tokens of this model: what is finished at the start, then what this worker computes."""
@@ -212,18 +236,17 @@ class ModelShards:
             disable=not missing,
         )
 
-    def _made_with(self, hookpoint: str) -> dict:
-        """What decides the bytes of the shards."""
+    def _decisive_settings(self) -> dict[str, dict]:
+        """What decides the bytes of the shards, by hookpoint."""
         config = self.settings.models[self.name]
-        own = {key: value for key, value in asdict(config).items() if key != "device_map"}
-        return {
-            "model": {"name": self.name, **own, "weights": self._weights},
-            "hookpoint": hookpoint,
+        model = identity(self.name, config, weights_of(self.name, config, Path(self.settings.store)))
+        common = {
             "skip_first_tokens": self.settings.kept.skip_first_tokens,
             "batch_tokens": self.settings.activations.batch_tokens,
             "codec": self.settings.activations.codec or DTYPES[config.dtype],
             "tokens_sha256": self.tokens.manifest.content_sha256(),
         }
+        return {hookpoint: {"model": model, "hookpoint": hookpoint, **common} for hookpoint in self.settings.hookpoints}
 
 
 if __name__ == "__main__":

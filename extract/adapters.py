@@ -29,7 +29,7 @@ def adapter_folder(name: str, config: ModelConfig) -> Path | None:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(config.adapter))
+            folder = Path(snapshot_download(config.adapter, revision=config.adapter_revision))
         except Exception as error:  # connection, authorisation, not found: the library raises many kinds
             raise _cannot_load(name, config.adapter, error) from error
     for file in (CONFIG, WEIGHTS):
@@ -87,6 +87,6 @@ def _open(name: str, adapter: Path) -> Any:
 def _cannot_load(name: str, place: str, error: Exception) -> BadInput:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return BadInput(
-        f"models.{name}: the adapter of {place} could not be loaded ({first}). Check models.{name}.adapter; gated "
-        f"repositories need HF_TOKEN."
+        f"models.{name}: the adapter of {place} could not be loaded ({first}). Check models.{name}.adapter and "
+        f"adapter_revision; gated repositories need HF_TOKEN."
     )

@@ -1,9 +1,10 @@
 """The format on disk: tar shards that any WebDataset reader opens, each with an index that lets ours map them directly.
 
-    <folder>/settings.json        what the shards are made with, written first; work continues only under the same ones
+    <folder>/settings.json        what the shards are made with, written first (`extract.made_with`)
     <folder>/shard-00000.tar      members `<key>.<extension>`, one sample a key
-    <folder>/shard-00000.index    JSON: [key, tokens] of every document, [name, offset, size] of every member, sha256,
-                                  dtype, statistics, and where the sources of tokens stand after it (`resume`)
+    <folder>/shard-00000.index    JSON: bytes, sha256, for activations a digest of settings.json (`made_with_sha256`);
+                                  then [key, tokens] of every document, [name, offset, size] of every member, dtype,
+                                  statistics, and where the sources of tokens stand after it (`resume`)
     <folder>/manifest.json        written last
 
 A shard exists when its index does: the archive is renamed into place first, then the index. Bytes depend on the content
@@ -17,22 +18,19 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
+from typing import Any
 
 from extract.errors import BadInput
 from extract.manifest import FORMAT_VERSION, ShardEntry, check_format
 from extract.publish import naming, partial_of, publish, rename
-from extract.remote import fetch, refuse_writing
 from extract.stats import ActivationStatistics
 
 BLOCK = 512  # tar pads every member to whole blocks
 OVERLAP = 1 << 18  # from this size on, hashing beside writing gains more than it costs to hand it to a thread
 MAX_BUFFERS = 1024  # that one writev takes (IOV_MAX of Linux and macOS)
+HEAD = 512  # bytes of an index that hold everything in front of its documents
 
 Buffer = bytes | bytearray | memoryview  # of single bytes: its length is its size
 Member = Buffer | list[Buffer]
@@ -91,9 +89,10 @@ class ShardWriter:
         statistics: ActivationStatistics | None = None,
         dtype: str | None = None,
         resume: dict[str, Any] | None = None,
+        made_with_sha256: str | None = None,
     ) -> ShardEntry:
-        """Publish the archive, then its index. `dtype` names the codec of activations; `resume`, for token shards, says
-        where every source stands after this shard.
+        """Publish the archive, then its index. `dtype` names the codec of activations and `made_with_sha256` their
+        settings; `resume`, for token shards, says where every source stands after this shard.
         """
         self._write([bytes(2 * BLOCK)], 2 * BLOCK)
         self._flush([])
@@ -104,6 +103,7 @@ class ShardWriter:
             "format_version": FORMAT_VERSION,
             "bytes": self._offset,
             "sha256": self._hash.hexdigest(),
+            **({"made_with_sha256": made_with_sha256} if made_with_sha256 else {}),
             "documents": self._documents,
             "members": self._members,
             "dtype": dtype,
@@ -188,11 +188,47 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def finished_shard(path: Path) -> ShardEntry | None:
     """The entry of a shard that was published whole, or None: it must be written (again)."""
+    return None if _head(path) is None else read_shard(path)[0]
+
+
+def read_shard(path: Path) -> tuple[ShardEntry, dict]:
+    """The entry and the index of a finished shard."""
     index_path = path.with_suffix(".index")
-    if not index_path.exists() or not path.exists():
-        return None
     index = read_index(index_path)
-    return _entry(path, index, index_path.read_bytes()) if path.stat().st_size == index["bytes"] else None
+    return _entry(path, index, index_path.read_bytes()), index
+
+
+def is_finished(path: Path, made_with_sha256: str) -> bool:
+    """Whether a shard was published whole, by the beginning of its index: a whole one takes milliseconds to parse.
+
+    Raises:
+        BadInput: it was made with other settings. An index of an earlier release, which does not say, passes.
+    """
+    head = _head(path)
+    if head is not None and head.get("made_with_sha256") not in (None, made_with_sha256):
+        raise BadInput(
+            f"{path} was made with other settings than {path.parent / 'settings.json'} states: workers of different "
+            f"settings shared the folder. Choose another store=PATH; or, once no worker is at it, let python -m "
+            f"extract.verify ... name all such shards, and repair=true make them again."
+        )
+    return head is not None
+
+
+def _head(path: Path) -> dict | None:
+    """What the index of a shard says before its documents; None if archive or index is missing or cut short."""
+    index_path = path.with_suffix(".index")
+    try:
+        with open(index_path, "rb") as file:
+            start = file.read(HEAD)
+        num_bytes = path.stat().st_size
+    except FileNotFoundError:
+        return None
+    try:
+        head = json.loads(start[: start.index(b', "documents"')] + b"}")
+        check_format(index_path, head["format_version"])
+    except (ValueError, KeyError):  # damaged, or written by others in another order
+        head = read_index(index_path)
+    return head if head.get("bytes") == num_bytes else None
 
 
 def read_index(path: Path) -> dict:
@@ -206,104 +242,3 @@ def read_index(path: Path) -> dict:
         raise BadInput(
             f"{path} is missing or damaged ({error}). Delete it and run the stage again: only this shard is redone."
         ) from error
-
-
-def start_folder(folder: Path, settings: dict) -> None:
-    """Begin or continue a folder of shards: BadInput when it holds shards of other settings.
-
-    Settings that no shard was made with yet (a mistake that stopped the first attempt) are replaced.
-    """
-    refuse_writing(folder)
-    path = folder / "settings.json"
-    data = json.dumps(settings, indent=1).encode()
-    if not path.exists() or not any(folder.glob("shard-*.tar")):
-        publish(path, data)
-        return
-    changed = "; ".join(_differences(read_settings(path), json.loads(data)))
-    if changed:
-        raise BadInput(
-            f"{folder} was made with other settings ({changed}). Choose another store=PATH, or delete the folder."
-        )
-
-
-def read_settings(path: Path) -> dict:
-    """What the shards beside `path` were made with; BadInput if it is damaged."""
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise BadInput(
-            f"{path} is damaged ({error}). python -m extract.verify ... repair=true makes it again from the manifest; "
-            f"where there is none, delete the folder or choose another store=PATH."
-        ) from error
-
-
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """One "name: before there, now now" per leaf that two JSON values do not share."""
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        before, now = dict(enumerate(before)), dict(enumerate(now))
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in list(dict.fromkeys([*before, *now])):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
-    elif before != now:
-        yield f"{name}: {before!r} there, {now!r} now"
-
-
-class MappedShard:
-    """One shard, mapped on first use. Pages are shared by all processes of a machine and never copied until somebody
-    writes to them. `origin` is the URL of a remote store: its index is fetched now, its archive on first use.
-    """
-
-    def __init__(self, folder: Path, entry: ShardEntry, origin: str | None = None):
-        self.path, self._entry, self._origin = folder / entry.file, entry, origin
-        index_path = self.path.with_suffix(".index")
-        if origin is None:
-            self._check_size()
-        elif _sha256_of(index_path) != entry.index_sha256:
-            fetch(origin, index_path, None, entry.index_sha256)
-        self.index = read_index(index_path)
-        if _sha256_of(index_path) != entry.index_sha256:
-            self._refuse(index_path, "was altered: its sha256 is not the manifest's")
-        self.members = {name: (offset, size) for name, offset, size in self.index.pop("members")}
-        self.index.pop("statistics")  # those of the folder are in its manifest; these would take 230 kB at D = 3584
-        self._map: memoryview | None = None
-
-    def _check_size(self) -> None:
-        size = self.path.stat().st_size if self.path.exists() else "no"
-        if size != self._entry.bytes:
-            self._refuse(self.path, f"has {size} bytes, its manifest says {self._entry.bytes}: truncated or replaced")
-
-    @staticmethod
-    def _refuse(path: Path, what: str) -> NoReturn:
-        raise BadInput(
-            f"{path} {what}. Delete the shard, its index and the manifest and run the stage again: only this shard is "
-            f"redone."
-        )
-
-    def fetch(self) -> None:
-        """Make the archive of a remote store local, if it is not."""
-        if self._origin is not None and not self.path.exists():
-            fetch(self._origin, self.path, self._entry.bytes, self._entry.sha256)
-
-    @property
-    def map(self) -> memoryview:
-        """The archive, mapped by torch, which closes the file: Python's mmap keeps a descriptor for each of thousands
-        of shards, and most systems allow a process 1024.
-        """
-        if self._map is None:
-            self.fetch()
-            self._check_size()
-            mapped = torch.from_file(str(self.path), shared=False, size=self._entry.bytes, dtype=torch.uint8)
-            self._map = mapped.numpy().data
-        return self._map
-
-    def member(self, name: str) -> memoryview:
-        """The content of a member, mapped, not copied."""
-        offset, size = self.members[name]
-        return self.map[offset : offset + size]
-
-    def read(self, name: str) -> bytes:
-        return bytes(self.member(name))
-
-
-def _sha256_of(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
+
 
 class Background:
     """A context manager around one thread. Of two pieces of work the second waits for the first, so the memory of at
-    most one piece is held beside the caller's own.
+    most one piece is held beside the caller's own. Torch works there in one thread: a second team would fight the
+    caller's for the cores.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "background")
+        self._thread = ThreadPoolExecutor(1, "background", initializer=torch.set_num_threads, initargs=(1,))
         self._running: Future | None = None
 
     def __enter__(self) -> Background:

@@ -10,6 +10,7 @@ atomically, so claims save work and never decide what is right.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import tempfile
@@ -26,19 +27,23 @@ NAMELESS_S = 5.0  # a maker writes its name at once; one that did not by then di
 
 @dataclass(frozen=True)
 class Holder:
-    """Who made a claim: host, process, Unix time."""
+    """Who made a claim: host, process, Unix time; where the system has them, the boot and the namespace that the
+    number of the process belongs to (containers count their own, and may share a host's name).
+    """
 
     host: str
     pid: int
     since: float
+    boot: str = ""
+    namespace: int = 0
 
     @classmethod
     def here(cls) -> Holder:
-        return cls(socket.gethostname(), os.getpid(), time.time())
+        return cls(socket.gethostname(), os.getpid(), time.time(), _boot(), _namespace())
 
     def is_gone(self) -> bool:
-        """True if the process was on this host and has ended; of other hosts nothing is known."""
-        if self.host != socket.gethostname():
+        """True if the process was one that this one can see and has ended; of all others nothing is known."""
+        if (self.host, self.boot, self.namespace) != (socket.gethostname(), _boot(), _namespace()):
             return False
         try:
             os.kill(self.pid, 0)
@@ -47,6 +52,20 @@ class Holder:
         except PermissionError:  # it runs, as another user
             pass
         return False
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # no Linux
+        return ""
+
+
+def _namespace() -> int:
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:  # no Linux
+        return 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +133,7 @@ class Claims:
     def __init__(self, folder: Path, timeout_s: float):
         self.folder = folder
         self.timeout_s = timeout_s
+        self._clock = (-math.inf, 0.0)  # our time of the last reading, and what it was
         self._held: set[Claim] = set()
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -133,7 +153,7 @@ class Claims:
         """The claim `<folder>/<name>.claim`, or None while a living worker holds it."""
         path = self.folder / f"{name}.claim"
         path.parent.mkdir(parents=True, exist_ok=True)
-        claim = _make(path) or _take_over(path, self.timeout_s)
+        claim = _make(path) or self._take_over(path)
         if claim is not None:
             with self._lock:
                 self._held.add(claim)
@@ -142,14 +162,32 @@ class Claims:
     def clear(self, name: str) -> None:
         """Remove the claims that dead workers left below `<folder>/<name>`, whose work is done."""
         for path in (self.folder / name).glob("*.claim"):
-            claim = _take_over(path, self.timeout_s)
+            claim = self._take_over(path)
             if claim is not None:
                 claim.release()
+
+    def others_at_work(self, name: str) -> bool:
+        """Whether a living worker holds a claim below `<folder>/<name>`."""
+        paths = (self.folder / name).glob("*.claim")
+        return any((seen := look(path)) and not seen.is_dead(self._now(path), self.timeout_s) for path in paths)
 
     def release(self, claim: Claim) -> None:
         with self._lock:
             self._held.discard(claim)
             claim.release()
+
+    def _take_over(self, path: Path) -> Claim | None:
+        return _take_over(path, self._now(path), self.timeout_s)
+
+    def _now(self, path: Path) -> float:
+        """The file system's time, at most one beat old: reading it makes a file, and a pass meets thousands of claims.
+        A late clock makes claims look younger, never dead.
+        """
+        read, now = self._clock
+        if time.monotonic() - read > self.timeout_s / BEATS_PER_TIMEOUT:
+            read, now = time.monotonic(), clock(path.parent)
+            self._clock = read, now
+        return now
 
     def _beat(self) -> None:
         while not self._ended.wait(self.timeout_s / BEATS_PER_TIMEOUT):
@@ -175,9 +213,9 @@ def _sign(descriptor: int) -> None:
     os.fsync(descriptor)  # network file systems show others what is synced or closed; this file stays open
 
 
-def _take_over(path: Path, timeout_s: float) -> Claim | None:
+def _take_over(path: Path, now: float, timeout_s: float) -> Claim | None:
     """Replace the claim at `path` if it is dead; None if it is not, or if another process is just doing so."""
-    now, seen = clock(path.parent), look(path)
+    seen = look(path)
     if seen is None or not seen.is_dead(now, timeout_s):
         return None
     with _only_taker(path, now) as alone:

@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from extract.config import ExtractSettings, ModelConfig
+from extract.config import ExtractSettings, ModelConfig, SourceConfig
 from extract.errors import BadInput
 from extract.interrupts import one_line_interrupts
 
@@ -54,6 +54,8 @@ OWNERS = {
     "tracking": "python -m train",
     "analysis": "python -m analysis",
 }
+# What the settings that hold several of a kind hold, as a command line names one of them.
+ENTRIES = {"models.NAME": ModelConfig, "corpus.sources.NUMBER": SourceConfig}
 
 Settings = TypeVar("Settings", bound=ExtractSettings)
 
@@ -122,6 +124,9 @@ def help_text(settings_class: type[ExtractSettings]) -> str:
     later = [name for name, kind in typing.get_type_hints(settings_class).items() if kind is Any]
     names = [name for name in setting_names(settings_class) if name not in (*later, "composed_from")]
     lines = [f"  {name}={_default(defaults, name)}" for name in names]
+    for name, entry in ENTRIES.items():
+        values = OmegaConf.to_container(OmegaConf.structured(entry))
+        lines += ["", *(f"  {name}.{field}={_default(values, field)}" for field in setting_names(entry))]
     note = "Settings are key=value. What each means is the comment above it in extract, train or analysis/config.py."
     return "\n".join([about, "", f"experiment=NAME, one of: {', '.join(_experiments())}", "", note, "", *lines])
 

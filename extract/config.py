@@ -28,10 +28,12 @@ class ModelConfig:
     id: str = ""
     # Branch, tag or commit of a hub model; fix it for a paper.
     revision: str | None = None
-    # File name of GGUF weights inside the folder `id`; converted once into a folder beside it.
+    # File name of GGUF weights inside the folder `id`; converted once into a folder beside it, in bfloat16.
     gguf: str | None = None
     # Folder or hub id of a LoRA adapter, merged into the weights in float32 before they are rounded to `dtype`.
     adapter: str | None = None
+    # Branch, tag or commit of a hub adapter; fix it for a paper.
+    adapter_revision: str | None = None
     # Precision of the forward pass: bfloat16, float16 or float32.
     dtype: str = "bfloat16"
     # Attention implementation of transformers (sdpa, eager, flash_attention_2, ...); null = the architecture's own
@@ -55,9 +57,10 @@ class SourceConfig:
     share: float = 1.0
     # Configuration of a Hugging Face dataset, such as "sample-10BT".
     subset: str | None = None
-    # Split of a Hugging Face dataset.
+    # Split of a Hugging Face dataset, or of a folder whose files name splits as those of datasets do (test.jsonl,
+    # data/train_sft-00000-of-00003.parquet); files that name none are of the split train.
     split: str = "train"
-    # Branch, tag or commit of a Hugging Face dataset; fix it for a paper.
+    # Branch, tag or commit of a Hugging Face dataset; tokens note the commit that it stands for when they are begun.
     revision: str | None = None
     # Field with plain text; used when a record has no messages.
     text_field: str = "text"
@@ -226,6 +229,10 @@ class ExtractSettings:
                 )
             if not model.id:
                 raise BadInput(f"models.{name} is not set. Give a hub id or a folder: models.{name}=ID.")
+            if model.adapter_revision is not None and model.adapter is None:
+                raise BadInput(
+                    f"models.{name}.adapter_revision={model.adapter_revision} needs models.{name}.adapter, a hub id."
+                )
             if model.dtype not in DTYPES:
                 raise BadInput(f"models.{name}.dtype={model.dtype} is not one of {', '.join(DTYPES)}.")
             if model.device_map not in (None, "auto"):

@@ -19,7 +19,7 @@ import numpy as np
 from extract.chat import ChatRenderer
 from extract.config import CorpusConfig, SourceConfig
 from extract.errors import BadInput
-from extract.records import SUFFIXES, Record, read_records, visible_files
+from extract.records import SUFFIXES, Record, is_local, read_records, visible_files
 from extract.stores import content_sha256
 
 FIRST_DOCUMENTS = 1000
@@ -28,7 +28,11 @@ FILE_SUFFIXES = (*SUFFIXES, ".json", ".zst", ".gz", ".txt", ".csv")
 
 @dataclass
 class Document:
-    """`text`, or `messages` of {"role", "content"}; the other one is None. `language` is read only for a filter."""
+    """`text`, or `messages` of {"role", "content"}; the other one is None. `language` is read only for a filter.
+
+    A record whose text is none, or whose turns are none (content that is null or a list of parts, say), has neither:
+    `malformed` says where and what.
+    """
 
     doc_id: str
     source: str
@@ -36,6 +40,7 @@ class Document:
     messages: list[dict[str, str]] | None
     tags: dict[str, str] = field(default_factory=dict)
     language: str | None = None
+    malformed: str = ""
 
     @property
     def is_empty(self) -> bool:
@@ -56,7 +61,7 @@ def read_source(source: SourceConfig, start: int = 0, seed: int = 0, window: int
     two windows, and any position is reached without keeping what came before.
 
     Raises:
-        BadInput: with file and line, for a record that cannot be read.
+        BadInput: with file and line, for a record that cannot be read or has neither field.
     """
     if not window:
         yield from _documents(source, start, None)
@@ -119,12 +124,17 @@ def check_source(source: SourceConfig) -> None:
 
 
 def check_first_documents(source: SourceConfig, tokenizer: Any) -> None:
-    """BadInput for what the first documents show: a field that is not there, a chat without a template that works, a
-    language that does not occur.
+    """BadInput for what the first documents show: a field that is not there or holds neither text nor turns, a chat
+    without a template that works, a language that does not occur.
     """
     documents = list(itertools.islice(read_source(source), FIRST_DOCUMENTS))
     if not documents:
         raise BadInput(f"corpus source {source.path} holds no document. Check the file.")
+    if all(document.malformed for document in documents):
+        raise BadInput(
+            f"corpus source {source.path}: {documents[0].malformed} So are all of the first {len(documents)} records. "
+            f"Set text_field or messages_field of the source."
+        )
     if any(document.messages for document in documents):
         ChatRenderer(tokenizer)  # refuses a template that is missing or does not work
     languages = Counter(document.language for document in documents)
@@ -149,13 +159,35 @@ def _document(source: SourceConfig, default_id: str, name: str, where: str, reco
             f"{where} has neither {source.text_field!r} nor {source.messages_field!r}, but {sorted(record)}. "
             "Set text_field or messages_field of the source."
         )
-    if messages is not None:
-        messages, text = _turns(where, messages), None
-    elif text is not None and not isinstance(text, str):
-        raise BadInput(f"{where}: {source.text_field!r} is {type(text).__name__}, not text.")
+    fault = _fault(source, text, messages)
+    if fault:
+        text = messages = None
+        fault = f"{_within(source, where)}: {fault}."
+    elif messages is not None:
+        messages, text = [{"role": turn["role"], "content": turn["content"]} for turn in messages], None
     doc_id = record.get(source.id_field)
     doc_id = default_id if doc_id is None else str(doc_id)
-    return Document(doc_id, name, text, messages, _tags(record), _language(source, where, record))
+    return Document(doc_id, name, text, messages, _tags(record), _language(source, where, record), fault)
+
+
+def _within(source: SourceConfig, where: str) -> str:
+    """A place within a source, wherever that lies: tokens keep it, and have the same bytes when they are made again."""
+    return where.removeprefix(f"{Path(source.path).parent}/") if is_local(source) else where
+
+
+def _fault(source: SourceConfig, text: Any, messages: Any) -> str:
+    """Why a record is neither text nor turns of text, or nothing; messages go before text."""
+    if messages is None:
+        is_text = text is None or isinstance(text, str)
+        return "" if is_text else f"{source.text_field!r} is {type(text).__name__}, not text"
+    if not isinstance(messages, list):
+        return f"a chat must be a list of turns, not {messages!r:.80}"
+    wrong = [turn for turn in messages if not _is_turn(turn)]
+    return f'a chat turn must be {{"role": text, "content": text}}, not {wrong[0]!r:.80}' if wrong else ""
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
 
 
 def _tags(record: Record) -> dict[str, str]:
@@ -175,15 +207,3 @@ def _language(source: SourceConfig, where: str, record: Record) -> str | None:
             f"{sorted(record)}. Set language_field of the source, or leave languages out."
         )
     return record[source.language_field]
-
-
-def _turns(where: str, turns: Any) -> list[dict[str, str]]:
-    if not isinstance(turns, list):
-        raise BadInput(f"{where}: a chat must be a list of turns, not {turns!r:.80}.")
-    return [_turn(where, turn) for turn in turns]
-
-
-def _turn(where: str, turn: Any) -> dict[str, str]:
-    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-        raise BadInput(f'{where}: a chat turn must be {{"role": ..., "content": ...}}, not {turn!r:.80}.')
-    return {"role": turn["role"], "content": turn["content"]}

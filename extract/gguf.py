@@ -4,6 +4,8 @@ transformers reads GGUF by itself, but slowly (tens of seconds each time), and t
 it can be neither cast nor trained. So its weights are copied into a model made from the config, which is then saved.
 """
 
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from extract.errors import BadInput
-from extract.publish import rename
+from extract.publish import partial_of, rename
 
 RECEIPT = "converted_from.json"
 
@@ -22,8 +24,10 @@ RECEIPT = "converted_from.json"
 def convert_gguf(gguf_file: Path, folder: Path) -> Path:
     """Converts `gguf_file` into `folder` (config, tokenizer with chat template, bf16 safetensors) and returns `folder`.
 
-    bf16 loses nothing that a quantised file still has. A folder whose receipt names this very file (by sha256) is
-    complete and returned at once; the receipt is written last, into `<folder>.partial`, which is then renamed.
+    Every weight is rounded to bf16, by up to 2^-9 of its size: nothing for files in BF16, little beside the error of
+    4-bit files, but more than that of Q8_0, F16 and F32. A folder whose receipt names this very file (by sha256) is
+    complete and returned at once. It is written under a name of its own and renamed, so that several processes may
+    convert one file: the first to finish gives the folder.
 
     Raises BadInput for a missing file, for one that is not GGUF, and for a folder that holds something else.
     """
@@ -31,14 +35,26 @@ def convert_gguf(gguf_file: Path, folder: Path) -> Path:
     if folder.exists():
         _check_receipt(folder, receipt)
         return folder
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    _ordinary_model(gguf_file).save_pretrained(partial)
-    AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(partial)
-    (partial / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
-    _sync(partial)
-    rename(partial, folder)
+    partial = partial_of(folder)
+    try:
+        _ordinary_model(gguf_file).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).save_pretrained(partial)
+        (partial / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
+        _sync(partial)
+        _rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _check_receipt(folder, receipt)
     return folder
+
+
+def _rename(partial: Path, folder: Path) -> None:
+    """Make `partial` the folder, unless another process was first."""
+    try:
+        rename(partial, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def _sha256_of_gguf(gguf_file: Path) -> str:
@@ -49,7 +65,14 @@ def _sha256_of_gguf(gguf_file: Path) -> str:
             raise BadInput(
                 f"gguf_file ({gguf_file}) does not start with the bytes GGUF. Give the path of a GGUF model."
             )
-        stream.seek(0)
+    state = gguf_file.stat()
+    return _sha256(gguf_file, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache
+def _sha256(gguf_file: Path, size: int, modified_ns: int) -> str:
+    """Once for each state of a file, for a command asks several times."""
+    with gguf_file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

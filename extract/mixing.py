@@ -23,29 +23,32 @@ BATCH_DOCUMENTS = 256
 @dataclass
 class SourceState:
     """What has been taken of one source: how many records were `read`, how many documents `kept`, with how many tokens,
-    how many of them `truncated` to the context, how many were left out for which reason (the fields after it), and a
-    `digest` of all that was read, in its order.
+    how many of them `truncated` to the context, how many were left out for which reason (the fields after it), the
+    `first_malformed` of them, and a `digest` of all that was read, in its order.
     """
 
     read: int = 0
     kept: int = 0
     tokens: int = 0
     truncated: int = 0
+    malformed: int = 0
     empty: int = 0
     other_language: int = 0
     refused: int = 0
     too_short: int = 0
     too_long: int = 0
     duplicate: int = 0
+    first_malformed: str = ""
     digest: str = ""
 
     @property
     def counts(self) -> dict[str, int]:
-        """All but the digest; what is zero left out."""
-        return {name: value for name, value in asdict(self).items() if value and name != "digest"}
+        """The numbers; what is zero left out."""
+        return {name: value for name, value in asdict(self).items() if value and isinstance(value, int)}
 
     def __str__(self) -> str:
-        return ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in self.counts.items()) or "0 read"
+        counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in self.counts.items()) or "0 read"
+        return f"{counts}; first malformed: {self.first_malformed}" if self.first_malformed else counts
 
 
 class Outcome(NamedTuple):
@@ -106,6 +109,7 @@ class Mixture:
         for read, document, left_out, is_truncated in self._streams[i]:
             state.read += 1
             state.digest = extended(state.digest, read)
+            state.first_malformed = state.first_malformed or read.malformed
             if document is not None and self._is_duplicate(document):
                 document, left_out = None, "duplicate"
             if document is not None:
@@ -184,6 +188,8 @@ def outcomes(corpus: CorpusConfig, source: SourceConfig, encoder: Encoder, seed:
 
 
 def _left_out(document: Document, source: SourceConfig) -> str:
+    if document.malformed:
+        return "malformed"
     if document.is_empty:
         return "empty"
     return "other_language" if source.languages and document.language not in source.languages else ""

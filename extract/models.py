@@ -110,10 +110,12 @@ def load_blocks(name: str, config: ModelConfig, hookpoints: list[str], device: s
     check_model(name, config, hookpoints)
     num_wanted = max(block_of(hookpoint) for hookpoint in hookpoints) + 1
     adapter = adapter_folder(name, config)
-    decoder = _load_cut(name, config, num_wanted, torch.float32 if adapter else getattr(torch, config.dtype))
+    loaded = _load_cut(name, config, num_wanted, torch.float32 if adapter else getattr(torch, config.dtype))
     if adapter:
-        merge_adapter(decoder, adapter)
-        decoder = decoder.to(dtype=getattr(torch, config.dtype))
+        merge_adapter(loaded, adapter)
+        loaded = loaded.to(dtype=getattr(torch, config.dtype))
+    # Of a model that also reads images its text decoder, without the rest; releases before 5 say None of others.
+    decoder = loaded.get_decoder() or loaded
     decoder = (_spread(decoder) if config.device_map == "auto" else decoder.to(device=torch.device(device))).eval()
     blocks = _blocks(decoder, num_wanted)
     first = next(decoder.parameters()).device
@@ -145,7 +147,7 @@ def _attention(name: str, config: ModelConfig, architecture: Any) -> str | None:
 
 
 def _load_cut(name: str, config: ModelConfig, num_wanted: int, dtype: torch.dtype) -> Any:
-    """The decoder with its first `num_wanted` blocks; the head of the language model is not part of it."""
+    """The model with the first `num_wanted` blocks of its text decoder; the head is not part of it."""
     place, architecture = model_folder(name, config), _architecture(name, config)
     text = architecture.get_text_config()
     text.num_hidden_layers = num_wanted
@@ -190,15 +192,21 @@ def model_folder(name: str, config: ModelConfig) -> str:
 
 
 def _blocks(model: nn.Module, expected: int) -> nn.ModuleList:
-    """The list of transformer blocks: the longest ModuleList, which every decoder of transformers keeps them in."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = max(lists, key=len, default=nn.ModuleList())
-    if len(blocks) != expected:
+    """The list of a decoder's blocks, which every one of transformers keeps in a ModuleList: of those with the expected
+    length it is the one with the most parameters, for experts and the like lie within blocks.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == expected]
+    blocks = max(lists, key=_num_parameters, default=None)
+    if blocks is None:
         raise BadInput(
             f"{type(model).__name__} keeps its {expected} blocks in no ModuleList that could be found; this "
             f"architecture is not supported."
         )
     return blocks
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _cannot_load(name: str, place: str, what: str, error: Exception) -> BadInput:

@@ -20,6 +20,24 @@ def publish(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
 
 
+def publish_first(path: Path, data: bytes) -> bool:
+    """Like `publish`, but never over a file that is there: returns whether `path` is the one written here."""
+    own = partial_of(path)
+    try:
+        with naming(path):
+            publish(own, data)
+            try:
+                os.link(own, path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links, whose users must look at what the file says
+                own.replace(path)
+            _sync(path.parent)
+    finally:
+        own.unlink(missing_ok=True)
+    return True
+
+
 @contextmanager
 def publishing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that becomes `path` when the block ends, or nothing when it raises."""
@@ -59,7 +77,11 @@ def naming(path: Path) -> Iterator[None]:
 def rename(partial: Path, path: Path) -> None:
     """Rename a file or folder whose content is already synced into place, and sync the folder that holds it."""
     partial.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -10,6 +10,7 @@ import errno
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet")
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves in a folder
 CHECKED_BYTES = 256 << 20
 PARQUET_BATCH = 256
+# How the names of files and folders begin that belong to a split, as the datasets library reads them.
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 Record = dict[str, Any]
 
@@ -50,13 +57,52 @@ def read_records(source: SourceConfig, start: int = 0, seed: int | None = None) 
 
 
 def local_files(source: SourceConfig) -> list[Path]:
-    """The JSON Lines and Parquet files of a source by name; none for what the datasets library loads."""
+    """The JSON Lines and Parquet files of a source and its split by name; none for what the datasets library loads, as
+    it does a folder without a file of the split: its error shows the splits that there are.
+    """
     path = Path(source.path)
     if not path.is_dir():
         return [path] if path.exists() else []
     if source.subset is not None or any((path / name).exists() for name in SAVED):
         return []
-    return [file for file in visible_files(path) if file.name.endswith(SUFFIXES)]
+    return [file for file in record_files(path) if split_of(path_within(source, file)) in _names_of(source.split)]
+
+
+def record_files(folder: Path) -> list[Path]:
+    """The JSON Lines and Parquet files of a folder by name, of whatever split."""
+    return [file for file in visible_files(folder) if file.name.endswith(SUFFIXES)]
+
+
+def other_splits(source: SourceConfig) -> list[str]:
+    """The splits whose files lie beside those of a local source and are not read."""
+    path, read = Path(source.path), local_files(source)
+    files = record_files(path) if path.is_dir() and read else []
+    return sorted({split_of(path_within(source, file)) for file in files if file not in read})
+
+
+def path_within(source: SourceConfig, file: Path) -> Path:
+    """What names a local file wherever its source lies: its path within the folder, or its own name."""
+    path = Path(source.path)
+    return file.relative_to(path) if path.is_dir() else Path(file.name)
+
+
+def split_of(path: Path) -> str:
+    """The split that a file within a folder belongs to: SPLIT of SPLIT-00000-of-00003.parquet where it begins with a
+    split's word, else the split whose word its name, or that of the nearest folder above it, begins with; train if none
+    does.
+    """
+    for part in reversed(path.parts):
+        word = re.match(r"[a-z]*", part)[0]  # type: ignore[index]
+        split = next((split for split, words in SPLIT_WORDS.items() if word in words), None)
+        if split:
+            numbered = re.match(r"(\w+)-\d{5}-of-\d{5}", part)
+            return numbered[1] if numbered else split
+    return "train"
+
+
+def _names_of(split: str) -> tuple[str, ...]:
+    """A split and, for `val`, say, the name that `split_of` gives it."""
+    return (split, *(name for name, words in SPLIT_WORDS.items() if split in words))
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -175,6 +221,21 @@ def _num_records(file: Path) -> int:
     if file.suffix == ".parquet":
         return _open_parquet(file).metadata.num_rows
     return sum(1 for _ in _lines(file))
+
+
+def is_local(source: SourceConfig) -> bool:
+    """Whether a source lies on this machine; else it is a dataset of the hub."""
+    return Path(source.path).exists()
+
+
+def hub_commit(source: SourceConfig) -> str:
+    """The commit that the `revision` of a hub dataset stands for now; BadInput as for opening it."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(source.path, revision=source.revision).sha)
+    except Exception as error:  # connection, authorisation, not found: the library raises many kinds
+        raise _refusal(source, error) from error
 
 
 def _dataset_records(source: SourceConfig, start: int, seed: int | None) -> Iterator[tuple[str, Record]]:

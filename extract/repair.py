@@ -14,12 +14,13 @@ from pathlib import Path
 
 from extract.activations import ModelShards, extract
 from extract.archive import shard_path
+from extract.claims import Claims
 from extract.config import ExtractSettings
 from extract.errors import BadInput
 from extract.manifest import Manifest
 from extract.publish import publish
 from extract.stores import TokenStore
-from extract.tokens import make_tokens
+from extract.tokens import commits_of, make_tokens
 from extract.verify import Problem, folders_of, readable_manifest
 
 
@@ -48,8 +49,9 @@ def _repair_activations(
     settings: ExtractSettings, bad: dict[Path, list[Problem]], before: dict[Path, Manifest | None]
 ) -> Iterator[str]:
     tokens = TokenStore(settings.tokens_folder)
-    for name in settings.needed_models:  # refuses other settings before anything is deleted
-        ModelShards(settings, tokens, name).start()
+    with Claims(settings.claims_folder, settings.activations.claim_timeout_s) as claims:
+        for name in settings.needed_models:  # refuses other settings before anything is deleted
+            ModelShards(settings, tokens, name).start(claims)
     for folder, problems in bad.items():
         if problems:
             (folder / "manifest.json").unlink(missing_ok=True)
@@ -93,7 +95,7 @@ def _repair_tokens(settings: ExtractSettings, bad: Sequence[Problem], recorded: 
         )
     shutil.rmtree(beside.store, ignore_errors=True)
     try:
-        if make_tokens(beside).manifest.content_sha256() != recorded:
+        if make_tokens(beside, commits_of(settings)).manifest.content_sha256() != recorded:
             raise BadInput(
                 f"{folder} is damaged, and the corpus gives other tokens now than those that the store was made with. "
                 f"Bring the corpus or the damaged files back from a copy, or delete {settings.store} and start again."

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extract.archive import Member, ShardWriter, finished_shard, read_index, shard_path, start_folder
+from extract.archive import Member, ShardWriter, is_finished, read_shard, shard_path
 from extract.codecs import Codec, Encoded, codec_named, codec_of, decode, encode, serialise
 from extract.config import block_of
 from extract.errors import BadInput
+from extract.made_with import check_folder, read_settings, settings_sha256, start_folder
 from extract.manifest import Manifest, ShardEntry, provenance
 from extract.publish import remove_partials
 from extract.remote import refuse_writing
@@ -87,7 +88,7 @@ def write_tokens(
         documents=sum(entry.documents for entry in entries),
         tokens=sum(entry.tokens for entry in entries),
         shards=entries,
-        settings=settings,
+        settings=read_settings(folder / "settings.json"),
         provenance={**provenance(composed), **(resume() if resume else {})},
     )
     manifest.write(folder)
@@ -175,7 +176,7 @@ def write_activations(
     start_folder(folder, settings)
     iterator = iter(documents)
     for number, numbers in enumerate(tokens.shard_documents()):
-        write_activation_shard(folder, number, tokens, numbers, iterator, skip_first_tokens, codec)
+        write_activation_shard(folder, number, tokens, numbers, iterator, settings)
     if (extra := next(iterator, None)) is not None:
         raise BadInput(f"Activations of {model} go on after the last token document, with key {extra[0]!r}.")
     return finish_activations(folder, tokens, settings)
@@ -187,14 +188,15 @@ def write_activation_shard(
     tokens: TokenStore,
     numbers: range,
     documents: Iterator[tuple[str, Tensor]],
-    skip_first_tokens: int,
-    codec: str | None = None,
+    settings: dict,
 ) -> ShardEntry:
     """Write the activations of the token documents `numbers` as shard `number`; see `write_activations`.
 
-    Norms and statistics are those of the decoded values: what a reader will see.
+    Norms and statistics are those of the decoded values: what a reader will see. `settings`, of which
+    `skip_first_tokens` and `codec` are used here, began the folder; BadInput, and no shard, if it has others by now.
     """
-    chosen, first = codec_named(codec) if codec else None, None
+    chosen, first = codec_named(settings["codec"]) if settings["codec"] else None, None
+    skip_first_tokens = settings["skip_first_tokens"]
     statistics = ActivationStatistics.empty(0)
     with ShardWriter(folder, number) as writer:
         for i in numbers:
@@ -210,7 +212,8 @@ def write_activation_shard(
                 raise BadInput(f"Activations of {key} have {kind}, those before {first}. Give one width and one dtype.")
             statistics, first = statistics + part if first else part, kind
             writer.add(tokens.keys[i], activation_members(encoded, norms_N), len(acts_ND))
-        return writer.finish(statistics, used.name)
+        check_folder(folder, settings)
+        return writer.finish(statistics, used.name, made_with_sha256=settings_sha256(settings))
 
 
 def _measure(encoded: Encoded, skip_first_tokens: int) -> tuple[ActivationStatistics, Tensor]:
@@ -253,36 +256,44 @@ def _refusal(folder: Path, tokens: TokenStore, i: int, wrong: str) -> BadInput:
 
 def finish_activations(folder: Path, tokens: TokenStore, settings: dict, composed: dict | None = None) -> Manifest:
     """Write the manifest of activation shards that are all there: counts and statistics merged in the order of the
-    shards. `settings` and `composed` as in `write_tokens`.
+    shards. `settings` and `composed` as in `write_tokens`. BadInput if a shard is missing, or of other settings.
     """
-    paths = [shard_path(folder, number) for number in range(len(tokens.manifest.shards))]
-    found = [(path, finished_shard(path)) for path in paths]
-    entries = [entry for _, entry in found if entry is not None]
-    if len(entries) < len(found):
-        missing = [path.name for path, entry in found if entry is None]
-        raise BadInput(f"{folder} lacks {', '.join(missing)}: run the extraction again, it writes what is missing.")
-    indexes = [read_index(path.with_suffix(".index")) for path in paths]
-    parts = [ActivationStatistics.from_json(index["statistics"]) for index in indexes]
-    kinds = {f"width {len(part.sum)} in {index['dtype']}" for part, index in zip(parts, indexes, strict=True)}
-    if len(kinds) > 1:
-        raise BadInput(
-            f"The shards of {folder} differ: {', '.join(sorted(kinds))}. Delete the folder and write it anew."
-        )
-    statistics = sum(parts[1:], start=parts[0])
+    check_folder(folder, settings)
+    entries, statistics, dtype = _merged(folder, len(tokens.manifest.shards), settings_sha256(settings))
     manifest = Manifest(
         kind="activations",
         documents=sum(entry.documents for entry in entries),
         tokens=sum(entry.tokens for entry in entries),
         shards=entries,
-        settings=settings,
+        settings=read_settings(folder / "settings.json"),
         provenance=provenance(composed),
         model=settings["model"],
         hookpoint=settings["hookpoint"],
         d_model=len(statistics.sum),
-        dtype=indexes[0]["dtype"],
+        dtype=dtype,
         tokens_sha256=tokens.manifest.content_sha256(),
         statistics=statistics.to_json(),
     )
     manifest.write(folder)
     remove_partials(folder)
     return manifest
+
+
+def _merged(folder: Path, num_shards: int, made_with_sha256: str) -> tuple[list[ShardEntry], ActivationStatistics, str]:
+    """The entries of all shards, and the statistics and the codec of the whole; one index in memory at a time."""
+    paths = [shard_path(folder, number) for number in range(num_shards)]
+    if missing := [path.name for path in paths if not is_finished(path, made_with_sha256)]:
+        raise BadInput(f"{folder} lacks {', '.join(missing)}: run the extraction again, it writes what is missing.")
+    entries, kinds, dtype = [], set(), ""
+    statistics: ActivationStatistics | None = None
+    for path in paths:
+        entry, index = read_shard(path)
+        part, dtype = ActivationStatistics.from_json(index["statistics"]), index["dtype"]
+        kinds.add(f"width {len(part.sum)} in {dtype}")
+        entries.append(entry)
+        statistics = part if statistics is None or len(kinds) > 1 else statistics + part
+    if statistics is None or len(kinds) > 1:
+        raise BadInput(
+            f"The shards of {folder} differ: {', '.join(sorted(kinds))}. Delete the folder and write it anew."
+        )
+    return entries, statistics, dtype

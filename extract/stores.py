@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extract.archive import MappedShard
 from extract.codecs import Encoded, decode, deserialise
 from extract.errors import BadInput
 from extract.manifest import Manifest
+from extract.mapped import MappedShard
 from extract.remote import is_url, mount, origin_of
 from extract.stats import ActivationStatistics
 

@@ -18,6 +18,9 @@ PROBE = (
     "👩\u200d👧 🇨🇭 \u00a0\u200b… “quoted” DON'T 3.14e-10 "
 )
 
+# The parts of a fast tokenizer that decide its tokens; the model has vocabulary and merges.
+DECIDING = ("added_tokens", "normalizer", "pre_tokenizer", "model", "post_processor")
+
 
 def study_tokenizer(settings: ExtractSettings) -> Any:
     """The tokenizer of the study, with the chat template of `corpus.chat_template`, else of the first model that has
@@ -80,6 +83,11 @@ def _merges(tokenizer: Any) -> list:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hash of the vocabulary and the chat template: equal for models that read the same tokens."""
-    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template], sort_keys=True)
+    """Hash of all that decides which tokens a text becomes, and of the chat template.
+
+    Of the fast tokenizer that is everything but how it decodes, and how it would cut or pad.
+    """
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    deciding = {name: parts[name] for name in DECIDING}
+    content = json.dumps([deciding, tokenizer.chat_template], sort_keys=True)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()

@@ -8,30 +8,37 @@ continued after its last shard, and ends with the same bytes as one that did not
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
-from contextlib import closing
-from dataclasses import asdict
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from extract.archive import MappedShard, finished_shard, read_index, read_settings, shard_path, start_folder
+from extract.archive import finished_shard, read_index, shard_path
+from extract.claims import Claims
 from extract.command import run
-from extract.config import ExtractSettings
+from extract.config import CorpusConfig, ExtractSettings, SourceConfig
 from extract.corpus import check_first_documents, check_sources, source_name
 from extract.fingerprint import check_unchanged, fingerprints
+from extract.made_with import read_settings, start_folder
 from extract.manifest import ShardEntry
+from extract.mapped import MappedShard
 from extract.mixing import Mixture, SourceState, content_digest, digest_of
 from extract.publish import publish
-from extract.records import check_encoding
+from extract.records import check_encoding, hub_commit, is_local, other_splits
 from extract.shards import write_tokens
 from extract.stores import TokenDocument, TokenStore
 from extract.tokenizer import study_tokenizer, tokenizer_sha256
 
+Commits = dict[str, str]
+POLL_S = 1.0  # between looks at whether another process is done
 
-def make_tokens(settings: ExtractSettings) -> TokenStore:
-    """Write `<store>/tokens` unless it is there; returns it opened.
+
+def make_tokens(settings: ExtractSettings, commits: Commits | None = None) -> TokenStore:
+    """Write `<store>/tokens` unless it is there; returns it opened. `commits` are those of `commits_of` if not given.
 
     Raises:
         BadInput: a corpus that cannot be read, another corpus or other settings than the folder was begun with, models
@@ -40,32 +47,83 @@ def make_tokens(settings: ExtractSettings) -> TokenStore:
     folder, corpus = settings.tokens_folder, settings.corpus
     check_sources(corpus)
     tokenizer = study_tokenizer(settings)
-    made_with = decisive_settings(settings, tokenizer)
-    _check_begun(settings, made_with)
-    if not (folder / "manifest.json").exists():
-        for source in corpus.sources:
-            check_encoding(source)
-            check_first_documents(source, tokenizer)
-    start_folder(folder, {"tokens_per_shard": corpus.tokens_per_shard, **made_with})
-    if not (folder / "manifest.json").exists():
-        _write(settings, tokenizer, made_with)
+    with _alone(settings):
+        commits = commits_of(settings) if commits is None else commits
+        made_with, corpus = decisive_settings(settings, tokenizer, commits), pinned(corpus, commits)
+        _check_begun(settings, corpus, made_with)
+        if not (folder / "manifest.json").exists():
+            for source in corpus.sources:
+                check_encoding(source)
+                check_first_documents(source, tokenizer)
+                if others := other_splits(source):
+                    print(f"source {source_name(source)}: split={source.split} alone, not {', '.join(others)}")
+        start_folder(folder, {"tokens_per_shard": corpus.tokens_per_shard, **made_with})
+        if not (folder / "manifest.json").exists():
+            _write(settings, corpus, tokenizer, made_with)
     store = TokenStore(folder)
     print(f"tokens: {store.num_documents:,} documents, {store.num_tokens:,} tokens in {folder}")
     return store
 
 
-def decisive_settings(settings: ExtractSettings, tokenizer: Any) -> dict:
-    """All that decides the tokens: kept with them, and equal when work on them is continued."""
+@contextmanager
+def _alone(settings: ExtractSettings) -> Iterator[None]:
+    """Begins once the tokens are there, or are this process's to make: of several one does, and the others wait."""
+    waiting = False
+    with Claims(settings.claims_folder, settings.activations.claim_timeout_s) as claims:
+        while not (settings.tokens_folder / "manifest.json").exists() and claims.take("tokens") is None:
+            if not waiting:
+                print(f"tokens: another process makes {settings.tokens_folder}; waiting for it", flush=True)
+            waiting = True
+            time.sleep(POLL_S)
+        yield
+
+
+def decisive_settings(settings: ExtractSettings, tokenizer: Any, commits: Commits) -> dict:
+    """All that decides the tokens: kept with them, and equal when work on them is continued.
+
+    Where local files lie is none of it: they are told by their names within a source, and by what they hold. The hash
+    of the tokenizer speaks for the chat template.
+    """
     corpus = settings.corpus
+    own = {name: value for name, value in asdict(corpus).items() if name not in ("sources", "chat_template")}
     return {
-        "corpus": asdict(corpus),
+        "corpus": {**own, "sources": [_decisive_source(source, commits) for source in corpus.sources]},
         "seed": settings.seed if corpus.shuffle_buffer else None,
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
-        "files": {file: entry for source in corpus.sources for file, entry in fingerprints(source).items()},
+        "files": {source_name(source): fingerprints(source) for source in corpus.sources},
     }
 
 
-def _check_begun(settings: ExtractSettings, made_with: dict) -> None:
+def _decisive_source(source: SourceConfig, commits: Commits) -> dict:
+    name = source_name(source)
+    own = {**asdict(source), "name": name, "commit": commits.get(name)}
+    if is_local(source):
+        del own["path"]
+    return own
+
+
+def commits_of(settings: ExtractSettings) -> Commits:
+    """The commit of every hub dataset by the name of its source: the one that these tokens were begun with, although
+    the dataset has moved on since; for new tokens the one that it has now.
+    """
+    path = settings.tokens_folder / "settings.json"
+    begun = read_settings(path).get("corpus", {}).get("sources", []) if path.exists() else []
+    recorded = {(s.get("path"), s.get("revision"), s.get("name")): s.get("commit") for s in begun}
+    commits = {}
+    for source in settings.corpus.sources:
+        if not is_local(source):
+            name = source_name(source)
+            commits[name] = recorded.get((source.path, source.revision, name)) or hub_commit(source)
+    return commits
+
+
+def pinned(corpus: CorpusConfig, commits: Commits) -> CorpusConfig:
+    """The corpus with every hub dataset at its commit."""
+    sources = [replace(s, revision=commits.get(source_name(s), s.revision)) for s in corpus.sources]
+    return replace(corpus, sources=sources)
+
+
+def _check_begun(settings: ExtractSettings, corpus: CorpusConfig, made_with: dict) -> None:
     """BadInput when there are tokens of the same sources, but their files have changed since.
 
     A change behind all that was read is none: a mistake in the middle of a corpus can be mended, and the shards before
@@ -79,21 +137,22 @@ def _check_begun(settings: ExtractSettings, made_with: dict) -> None:
     files = before.get("files", {})
     if before.get("corpus") != made_with["corpus"] or files == made_with["files"]:
         return
-    if (folder / "manifest.json").exists() or not _is_same_so_far(settings):
-        check_unchanged(folder, files, made_with["files"])
+    if (folder / "manifest.json").exists() or not _is_same_so_far(settings, corpus):
+        for name, now in made_with["files"].items():
+            check_unchanged(folder, name, files[name], now)
     publish(path, json.dumps({**before, "files": made_with["files"]}, indent=1).encode())
 
 
-def _is_same_so_far(settings: ExtractSettings) -> bool:
+def _is_same_so_far(settings: ExtractSettings, corpus: CorpusConfig) -> bool:
     """Whether the sources still begin with the documents that the finished shards were made from."""
-    corpus, (_, resume) = settings.corpus, finished_shards(settings.tokens_folder)
+    _, resume = finished_shards(settings.tokens_folder)
     stands = [(source, resume["sources"][source_name(source)]) for source in corpus.sources] if resume else []
     return all(digest_of(corpus, source, settings.seed, s["read"]) == s["digest"] for source, s in stands)
 
 
-def _write(settings: ExtractSettings, tokenizer: Any, made_with: dict) -> None:
+def _write(settings: ExtractSettings, corpus: CorpusConfig, tokenizer: Any, made_with: dict) -> None:
     """Write the shards that are missing, then the manifest."""
-    folder, corpus = settings.tokens_folder, settings.corpus
+    folder = settings.tokens_folder
     names = [source_name(source) for source in corpus.sources]
     finished, resume = finished_shards(folder)
     states = [SourceState(**resume["sources"][name]) for name in names] if resume else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from extract import adapters
@@ -30,6 +31,18 @@ def weights_of(name: str, config: ModelConfig, store: Path) -> dict:
     if adapter := adapters.adapter_folder(name, config):
         found["adapter"] = _hashes([adapter / adapters.CONFIG, adapter / adapters.WEIGHTS], store)
     return found
+
+
+def identity(name: str, config: ModelConfig, weights: dict) -> dict:
+    """What decides the activations of a model: its settings, and the `weights` that `weights_of` found. Where folders
+    lie is none of it: the hashes of their files stand for them, so that a store and its models may be moved.
+    """
+    own = {key: value for key, value in asdict(config).items() if key != "device_map"}
+    if weights["files"]:
+        del own["id"]
+    if config.adapter is not None and Path(config.adapter).is_dir():
+        del own["adapter"]
+    return {"name": name, **own, "weights": weights}
 
 
 def _model_files(folder: Path) -> list[Path]:

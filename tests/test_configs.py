@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from analysis.config import AnalysisSettings
-from extract.command import CONFIGS, check_overrides, compose, experiment_of, pairs_of, setting_names
+from extract.command import CONFIGS, check_overrides, compose, experiment_of, help_text, pairs_of, setting_names
 from extract.config import ExtractSettings
 from extract.errors import BadInput
 from train.config import TrainSettings
@@ -111,6 +111,14 @@ def test_every_member_of_a_sweep_is_checked_before_the_first_runs(tmp_path: Path
 def test_a_section_of_a_later_stage_names_its_command():
     with pytest.raises(BadInput, match="crosscoder.k is a setting of `python -m train`"):
         compose(ExtractSettings, ["experiment=demo", "crosscoder.k=5"])
+
+
+def test_help_lists_the_fields_of_a_model_and_of_a_source():
+    lines = help_text(TrainSettings).splitlines()
+    for expected in ("corpus.context_length=1024", "models.NAME.dtype=bfloat16", "corpus.sources.NUMBER.split=train"):
+        assert lines.count(f"  {expected}") == 1
+    settings = compose(ExtractSettings, ["experiment=gemma2_9b", "corpus.sources.1.share=2"])
+    assert [source.share for source in settings.corpus.sources] == [0.5, 2]
 
 
 def test_no_experiment_lists_them():

@@ -104,7 +104,8 @@ def test_a_true_difference_is_claimed_and_the_rest_is_not(tmp_path: Path) -> Non
     assert comparison.claim.startswith("May be claimed")
     assert "one more frequent in b (5 of 200 against 60 of 200" in comparison.claim
     assert "two" not in comparison.claim
-    assert comparison.global_p < 0.01
+    # Of 2,000 permutations of so unequal rows none is as extreme: p = 1 / 2,001.
+    assert comparison.claim.endswith("at once, the 145 and 92 latents in none included: p < 0.001.")
 
 
 def test_unclassified_latents_count_towards_the_totals_alone(tmp_path: Path) -> None:
@@ -159,7 +160,13 @@ def test_only_pairs_that_share_a_base_are_compared(tmp_path: Path) -> None:
         ("category", "simpo", "dpo"),
     ]
     assert (comparisons[0].changes[0].total_a, comparisons[0].changes[0].total_b) == (3, 2)  # planted latents
-    written = sorted(path.name for path in (tmp_path / "report" / "tables").iterdir())
+    assert comparisons[0].annotator == comparisons[1].annotator == "offline (n-grams), category by TF-IDF"
+    tables = tmp_path / "report" / "tables"
+    for name in ("category_simpo_dpo", "class_simpo_dpo"):
+        assert "Annotator: offline (n-grams), category by TF-IDF." in (tables / f"{name}.tex").read_text()
+        with (tables / f"{name}.csv").open(newline="") as file:
+            assert {row["annotator"] for row in csv.DictReader(file)} == {comparisons[0].annotator}
+    written = sorted(path.name for path in tables.iterdir())
     assert written == ["category_simpo_dpo.csv", "category_simpo_dpo.tex", "class_simpo_dpo.csv", "class_simpo_dpo.tex"]
     assert sorted(outputs_of(folders)) == [f"tables/{name}" for name in written]
     assert comparisons_of(settings, folders[:1]) == [] and outputs_of(folders[:1]) == ()

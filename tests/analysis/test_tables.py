@@ -17,6 +17,7 @@ from analysis.tables import (
     percent,
     probability,
     signed,
+    stated,
     text_of,
     write_table,
 )
@@ -64,4 +65,5 @@ def test_numbers() -> None:
     assert signed(-0.441, 2) == "−0.44"
     assert interval(-0.05, 0.164, 1, 100) == "[−5.0, +16.4]"
     assert [probability(p) for p in (0.36, 0.0419, 0.0001)] == ["0.36", "0.042", "<0.001"]
+    assert [stated("q", p) for p in (0.36, 0.0001)] == ["q = 0.36", "q < 0.001"]
     assert [percent(math.nan), number(math.nan), signed(math.inf), signed(math.nan)] == ["–", "–", "+∞", "–"]

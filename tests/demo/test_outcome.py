@@ -38,9 +38,9 @@ def test_held_out_variance_explained(pair: str):
 
 
 @pytest.mark.parametrize("pair", ["base_simpo", "base_dpo"])
-def test_what_tuning_planted_is_found_in_the_tuned_model_alone(pair: str):
-    """Of the behaviours planted into the tuned model some have a latent of it, and the base has a latent of none."""
-    base, tuned = PAIRS[pair]
+def test_some_planted_behaviour_has_a_latent_of_the_tuned_model(pair: str):
+    """The best of the planted behaviours shows even on a reduced budget; how many are found is a result, not a test."""
+    _, tuned = PAIRS[pair]
     planted = {name for name, behaviour in load_behaviours()[0].items() if tuned in behaviour.carried_by}
     rows = tags_of(pair)
     assert {row["value"] for row in rows} >= planted

@@ -1,5 +1,6 @@
 """GGUF conversion of the real model, and the command that prepares the demo."""
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo.__main__ import main, outputs_folder
 from demo.base_model import packaged_gguf
+from extract import gguf
 from extract.errors import BadInput
 from extract.gguf import convert_gguf
 
@@ -50,6 +52,40 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="bytes GGUF"):
         convert_gguf(tmp_path / "text.gguf", tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_two_processes_convert_one_file_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins and ends while the first is at it; both find the folder of the one that was first."""
+    file, folder = tmp_path / "model.gguf", tmp_path / "model"
+    file.write_bytes(b"GGUF and more")
+    began = []
+
+    class Converted:
+        """Stands for the model and the tokenizer, which take half a minute to read."""
+
+        def save_pretrained(self, place: Path) -> None:
+            place.mkdir(exist_ok=True)
+            began.append(place)
+            if len(began) == 1:
+                convert_gguf(file, folder)
+            (place / "weights").write_text(str(began.index(place)))
+
+    monkeypatch.setattr(gguf, "_ordinary_model", lambda file: Converted())
+    monkeypatch.setattr(gguf.AutoTokenizer, "from_pretrained", lambda *_, **__: Converted())
+    assert convert_gguf(file, folder) == folder
+    assert began[0] != began[1] and (folder / "weights").read_text() == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.gguf"]
+
+
+def test_a_file_is_hashed_once_while_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF and more")
+    hashes, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: hashes.append(given) or digest(*given))
+    found = {gguf._sha256_of_gguf(file) for _ in range(3)}
+    assert len(hashes) == 1 and found == {hashlib.sha256(b"GGUF and more").hexdigest()}
+    file.write_bytes(b"GGUF and other")
+    assert gguf._sha256_of_gguf(file) == hashlib.sha256(b"GGUF and other").hexdigest()
 
 
 def test_a_folder_of_something_else_is_neither_taken_for_complete_nor_overwritten(tmp_path: Path) -> None:

@@ -6,18 +6,19 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from extract.claims import NAMELESS_S, Claims, Holder, clock, in_turn
+from extract import claims as claims_module
+from extract.claims import NAMELESS_S, Claims, Holder, clock, in_turn, look
 
 
-def elsewhere(path: Path, age_s: float, host: str = "another-host", pid: int = 1) -> None:
-    """The claim of a worker on another host, touched `age_s` ago."""
+def elsewhere(path: Path, age_s: float, holder: Holder | None = None) -> None:
+    """The claim of a worker, on another host by default, touched `age_s` ago."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(Holder(host, pid, time.time() - 1000))))
+    path.write_text(json.dumps(asdict(holder or Holder("another-host", 1, time.time() - 1000))))
     os.utime(path, (time.time() - age_s,) * 2)
 
 
@@ -40,14 +41,53 @@ def test_a_claim_of_another_host_dies_with_its_heartbeat(tmp_path: Path, age_s: 
         assert claim is None or (claim.taken_over and claim.is_held())
 
 
-def test_a_claim_of_a_dead_process_of_this_host_is_taken_at_once(tmp_path: Path):
+def dead_holder() -> Holder:
+    """A process of this host that has ended."""
     process = multiprocessing.get_context("fork").Process(target=os._exit, args=(0,))
     process.start()
     process.join()
-    elsewhere(tmp_path / "dead.claim", 0, Holder.here().host, process.pid or 0)
-    elsewhere(tmp_path / "alive.claim", 0, Holder.here().host, os.getppid())
+    return replace(Holder.here(), pid=process.pid)
+
+
+def test_a_claim_of_a_dead_process_of_this_host_is_taken_at_once(tmp_path: Path):
+    elsewhere(tmp_path / "dead.claim", 0, dead_holder())
+    elsewhere(tmp_path / "alive.claim", 0, replace(Holder.here(), pid=os.getppid()))
     with Claims(tmp_path, 60) as claims:
         assert claims.take("dead") and claims.take("alive") is None
+
+
+@pytest.mark.parametrize("other", [{"host": "other"}, {"boot": "another boot"}, {"namespace": 1}])
+def test_numbers_of_processes_mean_nothing_beyond_host_boot_and_namespace(tmp_path: Path, other: dict):
+    """Containers may share a host's name and count their own processes: theirs time out like those of other hosts."""
+    elsewhere(tmp_path / "shard.claim", 50, replace(dead_holder(), **other))
+    with Claims(tmp_path, 60) as claims:
+        assert claims.take("shard") is None
+        elsewhere(tmp_path / "shard.claim", 70, replace(dead_holder(), **other))
+        assert claims.take("shard")
+
+
+def test_a_claim_of_an_earlier_release_is_read(tmp_path: Path):
+    (tmp_path / "shard.claim").write_text(json.dumps({"host": "a", "pid": 1, "since": 2.5}))
+    seen = look(tmp_path / "shard.claim")
+    assert seen and seen.holder == Holder("a", 1, 2.5) and not seen.holder.is_gone()
+
+
+def test_a_pass_over_the_claims_of_others_reads_the_clock_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for i in range(50):
+        elsewhere(tmp_path / f"{i}.claim", 10)
+    read: list[Path] = []
+    monkeypatch.setattr(claims_module, "clock", lambda folder: read.append(folder) or clock(folder))
+    with Claims(tmp_path, 60) as claims:
+        assert not any(claims.take(str(i)) for i in range(50))
+    assert len(read) == 1
+
+
+def test_only_the_living_are_at_work(tmp_path: Path):
+    with Claims(tmp_path, 60) as claims:
+        assert not claims.others_at_work("base")
+        elsewhere(tmp_path / "base/dead.claim", 70)
+        elsewhere(tmp_path / "tuned/living.claim", 10)
+        assert not claims.others_at_work("base") and claims.others_at_work("tuned")
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"host": "a"}', "[1]", "\0\0\0"])

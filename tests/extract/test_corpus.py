@@ -1,8 +1,10 @@
 """What a record says, the order of documents, and mistakes that the first documents show."""
 
 import json
+import re
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -91,14 +93,11 @@ def test_what_counts_as_empty(tmp_path: Path, record: dict, empty: bool):
         (b'{"text": "ok"}\n\xff\xfe', "line 2 is not UTF-8"),
         (b'{"text": "ok"}\n{"text": ', "line 2 is not JSON"),
         (b'{"body": "ok"}', r"neither 'text' nor 'messages', but \['body'\]"),
-        (b'{"text": 3}', "'text' is int"),
         (b"[1]", "not a JSON object"),
         (
             rb'{"text": "a \ud83d\ude00"}' + b"\n" + rb'{"text": "a \ud83d b"}',
             r"line 2 holds .ud83d, half of a character",
         ),
-        (b'{"messages": "hi"}', "a chat must be a list of turns"),
-        (b'{"messages": [{"from": "user"}]}', "a chat turn must be"),
     ],
 )
 def test_records_that_cannot_be_read_are_named_with_file_and_line(tmp_path: Path, content: bytes, message: str):
@@ -106,6 +105,53 @@ def test_records_that_cannot_be_read_are_named_with_file_and_line(tmp_path: Path
     path.write_bytes(content)
     with pytest.raises(BadInput, match=message):
         list(read_source(SourceConfig(str(path))))
+
+
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+CALL = [*CHAT, {"role": "assistant", "content": None, "tool_calls": []}]
+MALFORMED = [
+    ({"text": 3}, "'text' is int, not text"),
+    ({"messages": "hi"}, "a chat must be a list of turns, not 'hi'"),
+    ({"messages": [{"from": "user", "value": "hi"}]}, "a chat turn must be .*not {'from'"),
+    ({"messages": PARTS}, "a chat turn must be .*not {'role': 'user', 'content': .{'type'"),
+    ({"messages": CALL, "text": "x"}, "a chat turn must be .*'content': None"),
+]
+
+
+PLACES = {"jsonl": "a.jsonl, line 2", "folder": "a/a.jsonl, line 2", "parquet": "a.parquet, row 2", "saved": "a, row 2"}
+
+
+@pytest.mark.parametrize(
+    ("form", "record", "what"),
+    [(form, *case) for form in PLACES for case in MALFORMED if form in ("jsonl", "folder") or "messages" in case[0]],
+)
+def test_a_record_of_another_shape_is_malformed_and_not_the_end(form: str, record: dict, what: str, tmp_path: Path):
+    """Its place is named within the source, and what lies around it is read. A column of Parquet has one type: text is
+    text in all rows or in none.
+    """
+    records = [{**dict.fromkeys(record), "text": "first"}, record]
+    path = tmp_path / ("a" if form in ("folder", "saved") else f"a.{form}")
+    if form == "parquet":
+        parquet.write_table(pa.Table.from_pylist(records), path)
+    elif form == "saved":
+        datasets.Dataset.from_list(records).save_to_disk(path)
+    elif form == "folder":
+        path.mkdir()
+        write(path / "a.jsonl", records)
+    else:
+        write(path, records)
+    first, malformed = read_source(SourceConfig(str(path)))
+    assert (first.text, first.malformed, malformed.text, malformed.messages) == ("first", "", None, None)
+    assert re.fullmatch(f"{PLACES[form]}: {what}.*", malformed.malformed), malformed.malformed
+
+
+def test_a_source_that_is_malformed_from_the_start_is_refused(tmp_path: Path):
+    bad = {"messages": [{"from": "human", "value": "hi"}]}
+    source = SourceConfig(write(tmp_path / "a.jsonl", [bad] * 1001 + [{"text": "plain"}]))
+    with pytest.raises(BadInput, match="a.jsonl, line 1: a chat turn must be.*'from': 'human'.*all of the first 1000"):
+        check_first_documents(source, tiny.tokenizer())
+    write(Path(source.path), [bad] * 999 + [{"text": "plain"}])
+    check_first_documents(source, tiny.tokenizer())
 
 
 def test_the_name_of_a_dataset_may_hold_a_dot():

@@ -63,6 +63,20 @@ def test_a_source_that_gives_nothing_says_why(tmp_path: Path):
         list(Mixture(CorpusConfig([SourceConfig(a)]), tokenizer))
 
 
+def test_malformed_records_are_counted_and_the_first_is_named(tmp_path: Path):
+    turns = [{"role": "user", "content": None}]
+    records = [{"text": "a" * 9}, {"messages": turns}, {"text": "b" * 9}, {"text": 3}]
+    source = SourceConfig(write(tmp_path / "a.jsonl", records))
+    whole = Mixture(CorpusConfig([source]), tiny.tokenizer())
+    assert [document.text for document in whole] == ["a" * 9, "b" * 9]
+    assert whole.states[0].counts == {"read": 4, "kept": 2, "tokens": 20, "malformed": 2}
+    assert str(whole.states[0]).startswith(
+        "4 read, 2 kept, 20 tokens, 2 malformed; first malformed: a.jsonl, line 2: a"
+    )
+    with pytest.raises(BadInput, match="2 malformed; first malformed: a.jsonl, line 2: a chat turn must be"):
+        mixed(CorpusConfig([source], num_tokens=100))
+
+
 def test_every_record_is_counted_once(tmp_path: Path):
     """One byte is one token, and BOS is one more: a context of 20 cuts texts of 20 bytes and more."""
     texts = ["x" * 500, "yy", "", " \n", "q" * 19, "r" * 20, "long enough", "w" * 600, "x" * 500]

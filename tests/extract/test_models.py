@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from extract.codecs import CODECS
 from extract.command import compose
@@ -18,9 +19,9 @@ from extract.config import CODECS as CODEC_NAMES
 from extract.config import ExtractSettings, ModelConfig
 from extract.errors import BadInput
 from extract.manifest import Manifest
-from extract.models import check_model, load_blocks, load_tokenizer
+from extract.models import _blocks, check_model, load_blocks, load_tokenizer
 from extract.stores import ActivationStore, TokenStore
-from extract.weights import weights_of
+from extract.weights import identity, weights_of
 from tests import tiny
 from tests.extract.test_activations import run
 
@@ -170,6 +171,95 @@ def test_weights_are_part_of_what_shards_are_made_with(study: list[str], tmp_pat
     tiny.save_model(model, seed=4)
     with pytest.raises(BadInput, match="model.weights.files.model.safetensors"):
         run([*study, f"models.tuned={model}"])
+
+
+def test_models_may_be_moved_with_their_store(study: list[str], tiny_models: dict[str, Path], tmp_path: Path):
+    """Model and adapter are told by what their files hold: elsewhere the same ones continue, others do not."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    shutil.copytree(tiny_models["base"], before / "model")
+    tiny.save_adapter(tiny_models["base"], before / "adapter")
+
+    def overrides(place: Path) -> list[str]:
+        return [*study, f"models.tuned={place}/model", f"models.tuned.adapter={place}/adapter"]
+
+    folder = run(overrides(before)).activations_folder("tuned", "block1")
+    content = Manifest.read(folder).content_sha256()
+    (folder / "manifest.json").unlink()
+    (folder / "shard-00001.index").unlink()
+    before.rename(after)
+    run(overrides(after))
+    assert Manifest.read(folder).content_sha256() == content
+    tiny.save_adapter(tiny.save_model(tmp_path / "shallow", num_blocks=3), after / "adapter")
+    with pytest.raises(BadInput, match="model.weights.adapter.adapter_model.safetensors"):
+        run(overrides(after))
+
+
+def test_a_hub_model_and_a_hub_adapter_are_part_of_what_shards_are_made_with():
+    config = ModelConfig("org/model", "main", adapter="org/adapter", adapter_revision="v1", device_map="auto")
+    weights = {"commit": "0" * 40, "files": {}, "adapter": {"adapter_model.safetensors": "1" * 64}}
+    assert identity("tuned", config, weights) == {
+        "name": "tuned",
+        "id": "org/model",
+        "revision": "main",
+        "gguf": None,
+        "adapter": "org/adapter",
+        "adapter_revision": "v1",
+        "dtype": "bfloat16",
+        "attention": None,
+        "weights": weights,
+    }
+
+
+def test_a_hub_adapter_has_a_revision(study: list[str], tiny_models: dict[str, Path], tmp_path: Path):
+    """Two commits in the hub's cache, laid out as the hub's client does; the client itself without a network."""
+    commits = {"v1": "1" * 40, "v2": "2" * 40}
+    repository = tmp_path / "hub/models--org--adapter"
+    (repository / "refs").mkdir(parents=True)
+    for revision, commit in commits.items():
+        saved = tiny.save_adapter(tiny_models["base"], repository / "snapshots" / commit)
+        (saved / "revision").write_text(revision)
+        (repository / "refs" / revision).write_text(commit)
+    code = (
+        "from extract.adapters import adapter_folder; from extract.config import ModelConfig\n"
+        "for revision in ('v1', 'v2', 'v3'):\n"
+        "    config = ModelConfig('org/model', adapter='org/adapter', adapter_revision=revision)\n"
+        "    print((adapter_folder('tuned', config) / 'revision').read_text())"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["v1", "v2"]
+    assert "models.tuned: the adapter of org/adapter could not be loaded" in done.stderr
+    with pytest.raises(BadInput, match="adapter_revision=v1 needs models.tuned.adapter"):
+        compose(ExtractSettings, [*study, "models.tuned.adapter_revision=v1"])
+
+
+def test_the_blocks_are_those_of_the_text_decoder(tmp_path: Path):
+    """A model that also reads images, whose vision tower has more blocks than the text decoder."""
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=9, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = transformers.Gemma3TextConfig(**COMMON, head_dim=8, sliding_window=8, query_pre_attn_scalar=8)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    full = transformers.Gemma3ForConditionalGeneration(config).eval()
+    full.save_pretrained(tmp_path)
+    cut = load_blocks("base", ModelConfig(str(tmp_path), dtype="float32"), ["block0", "block2"])
+    assert not any("vision" in name for name, _ in cut.decoder.named_parameters())
+    ids = torch.arange(10, 40)[None]
+    with torch.no_grad():
+        states = full.model.language_model(ids, output_hidden_states=True).hidden_states
+    for name, acts in cut.activations(ids, torch.ones_like(ids)).items():
+        torch.testing.assert_close(acts, states[int(name[-1]) + 1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_list_within_blocks_is_not_taken_for_them():
+    """Experts in lists as long as that of the blocks, and longer; one more list of the same length beside it."""
+    experts = [nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(n))}) for n in (3, 3, 8)]
+    blocks = nn.ModuleList(experts)
+    model = nn.ModuleDict({"norms": nn.ModuleList(nn.LayerNorm(4) for _ in range(3)), "layers": blocks})
+    assert _blocks(model, 3) is blocks
+    with pytest.raises(BadInput, match="keeps its 5 blocks in no ModuleList"):
+        _blocks(model, 5)
 
 
 def test_hashes_are_kept_while_size_and_time_of_a_file_stay(tiny_models: dict[str, Path], tmp_path: Path):

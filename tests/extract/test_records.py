@@ -18,7 +18,7 @@ from extract import fingerprint, records
 from extract.config import SourceConfig
 from extract.errors import BadInput
 from extract.fingerprint import check_unchanged, fingerprints
-from extract.records import check_encoding, read_records
+from extract.records import check_encoding, local_files, other_splits, path_within, read_records
 
 RECORDS = [{"text": f"text number {i}"} for i in range(11)]
 FORMATS = ["jsonl", "zst", "parquet", "folder", "hub folder", "saved", "saved splits"]
@@ -126,6 +126,51 @@ def test_encoding_is_checked_at_the_beginning_only(tmp_path: Path, monkeypatch: 
         list(read_records(source))
 
 
+DOWNLOADED = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-1.parquet"]
+SFT = ["data/train_sft-00000-of-00001.parquet", "data/train_gen-00000-of-00001.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "read", "others"),
+    [
+        (DOWNLOADED, "train", DOWNLOADED[:2], ["test"]),
+        (DOWNLOADED, "test", DOWNLOADED[2:], ["train"]),
+        (SFT, "train_gen", SFT[1:], ["train_sft"]),
+        (["web.jsonl", "test.jsonl", "trains.jsonl"], "train", ["trains.jsonl", "web.jsonl"], ["test"]),
+        (["val.jsonl", "dev/a.jsonl", "b.jsonl"], "validation", ["dev/a.jsonl", "val.jsonl"], ["train"]),
+        (["val.jsonl", "test.jsonl"], "val", ["val.jsonl"], ["test"]),
+        (["test/0.jsonl", "0.jsonl", "test/train.jsonl"], "train", ["0.jsonl", "test/train.jsonl"], ["test"]),
+        (["shard-00000-of-00002.jsonl", "latest.jsonl"], "train", ["latest.jsonl", "shard-00000-of-00002.jsonl"], []),
+    ],
+)
+def test_only_the_files_of_the_split_are_read(
+    files: list[str], split: str, read: list[str], others: list[str], tmp_path: Path
+):
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        record = {"text": name}
+        if path.suffix == ".parquet":
+            parquet.write_table(pa.Table.from_pylist([record]), path)
+        else:
+            path.write_bytes(lines([record]))
+    source = SourceConfig(str(tmp_path), split=split)
+    assert [str(path_within(source, file)) for file in local_files(source)] == read
+    assert [record["text"] for _, record in read_records(source)] == read
+    assert other_splits(source) == others
+
+
+def test_a_file_that_is_named_is_read_whatever_it_is_called(tmp_path: Path):
+    (tmp_path / "test.jsonl").write_bytes(lines(RECORDS))
+    assert [record for _, record in read_records(SourceConfig(str(tmp_path / "test.jsonl")))] == RECORDS
+
+
+def test_a_folder_without_the_split_shows_those_that_there_are(tmp_path: Path):
+    (tmp_path / "test.jsonl").write_bytes(lines(RECORDS))
+    with pytest.raises(BadInput, match="train.*test"):
+        next(read_records(SourceConfig(str(tmp_path))))
+
+
 @pytest.mark.parametrize("form", ["hub folder", "saved splits"])
 def test_a_split_that_does_not_exist_shows_those_that_do(form: str, tmp_path: Path):
     source = written(form, tmp_path)
@@ -184,12 +229,12 @@ def test_a_gated_dataset_names_itself_and_the_remedy(gated_hub: str, token: str,
 def test_a_fingerprint_sees_every_byte_of_a_small_file(tmp_path: Path):
     source = written("jsonl", tmp_path)
     before, path = fingerprints(source), Path(source.path)
-    check_unchanged(tmp_path, before, fingerprints(source))
+    check_unchanged(tmp_path, "a", before, fingerprints(source))
     data = path.read_bytes()
     for place in range(len(data)):
         path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-        with pytest.raises(BadInput, match="a.jsonl has changed since the tokens"):
-            check_unchanged(tmp_path, before, fingerprints(source))
+        with pytest.raises(BadInput, match="source a: its file a.jsonl has changed since the tokens"):
+            check_unchanged(tmp_path, "a", before, fingerprints(source))
 
 
 def test_a_fingerprint_of_a_large_file_sees_its_size_and_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -200,20 +245,20 @@ def test_a_fingerprint_of_a_large_file_sees_its_size_and_both_ends(tmp_path: Pat
     seen = []
     for changed in (data, b"\0" + data[1:], data[:-1] + b"\0", data + b"\0", data[:-1]):
         path.write_bytes(changed)
-        seen.append(fingerprints(SourceConfig(str(path)))[str(path)]["sha256"])
+        seen.append(fingerprints(SourceConfig(str(path)))["large.jsonl"]["sha256"])
     assert len(set(seen)) == 5 or data[0] == 0 or data[-1] == 0
 
 
 def test_files_that_come_and_go_are_named(tmp_path: Path):
     source = written("folder", tmp_path)
     before = fingerprints(source)
-    assert len(before) == 3  # the hidden file is none of the corpus
+    assert set(before) == {"0.jsonl", "1.parquet", "deep/2.jsonl.zst"}  # the hidden file is none of the corpus
     (Path(source.path) / "0.jsonl").rename(Path(source.path) / "4.jsonl")
     with pytest.raises(BadInput, match="0.jsonl is gone since"):
-        check_unchanged(tmp_path, before, fingerprints(source))
+        check_unchanged(tmp_path, "a", before, fingerprints(source))
     (Path(source.path) / "0.jsonl").write_bytes(lines(RECORDS[:3]))
     with pytest.raises(BadInput, match="4.jsonl is new since"):
-        check_unchanged(tmp_path, before, fingerprints(source))
+        check_unchanged(tmp_path, "a", before, fingerprints(source))
 
 
 def test_a_saved_dataset_is_fingerprinted_by_its_files(tmp_path: Path):

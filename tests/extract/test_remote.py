@@ -22,10 +22,10 @@ import numpy as np
 import pytest
 import torch
 
-from extract import archive, remote
-from extract.archive import start_folder
+from extract import mapped, remote
 from extract.config import ExtractSettings
 from extract.errors import BadInput
+from extract.made_with import start_folder
 from extract.manifest import Manifest
 from extract.shards import write_activations, write_tokens
 from extract.stores import ActivationStore, TokenDocument, TokenStore
@@ -213,7 +213,7 @@ def test_who_comes_late_neither_removes_nor_fetches_what_another_published(
     store: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Between the look for an index and its fetch, another process publishes it."""
-    real = archive._sha256_of
+    real = mapped._sha256_of
 
     def late(path: Path) -> str | None:
         digest = real(path)
@@ -222,7 +222,7 @@ def test_who_comes_late_neither_removes_nor_fetches_what_another_published(
             remote.fetch(f"{url}/tokens", path, None, hashlib.sha256(data).hexdigest())
         return digest
 
-    monkeypatch.setattr(archive, "_sha256_of", late)
+    monkeypatch.setattr(mapped, "_sha256_of", late)
     assert TokenStore(f"{url}/tokens").document(3).text == "text 3"
     assert [Handler.asked[f"shard-0000{i}.index"] for i in range(3)] == [1, 1, 1]
 

@@ -14,9 +14,10 @@ import safetensors.torch
 import torch
 import webdataset
 
-from extract.archive import ShardWriter, finished_shard, read_index, shard_path, start_folder, tar_header
+from extract.archive import ShardWriter, finished_shard, read_index, shard_path, tar_header
 from extract.codecs import CODECS, decode, encode
 from extract.errors import BadInput
+from extract.made_with import start_folder
 from extract.manifest import Manifest
 from extract.shards import write_activation_shard, write_activations, write_tokens
 from extract.stores import ActivationStore, TokenDocument, TokenStore
@@ -139,17 +140,18 @@ def test_a_full_disk_keeps_what_was_complete(small_disk: Path, tmp_path: Path, f
     write_tokens(tmp_path / "tokens_elsewhere", documents, tokens_per_shard=64)
     tokens = TokenStore(tmp_path / "tokens_elsewhere/tokens")
     acts = [(f"{i:09d}", torch.randn(64, 1000)) for i in range(3)]  # 256 kB a shard, and about 40 kB of statistics
-    folder = small_disk / "base"
-    write_activation_shard(folder, 0, tokens, range(1), iter(acts[:1]), 0)
+    folder, settings = small_disk / "base", {"skip_first_tokens": 0, "codec": None}
+    start_folder(folder, settings)
+    write_activation_shard(folder, 0, tokens, range(1), iter(acts[:1]), settings)
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     usage = shutil.disk_usage(small_disk)
     (small_disk / "other").write_bytes(bytes(usage.free - free - free % 4096))
     with pytest.raises(OSError, match="shard-00001") as raised:
-        write_activation_shard(folder, 1, tokens, range(1, 2), iter(acts[1:2]), 0)
+        write_activation_shard(folder, 1, tokens, range(1, 2), iter(acts[1:2]), settings)
     assert raised.value.errno == errno.ENOSPC and str(folder) in str(raised.value)
     (small_disk / "other").unlink()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
-    write_activation_shard(folder, 1, tokens, range(1, 2), iter(acts[1:2]), 0)
+    write_activation_shard(folder, 1, tokens, range(1, 2), iter(acts[1:2]), settings)
     assert finished_shard(shard_path(folder, 0)) and finished_shard(shard_path(folder, 1))
 
 
@@ -380,7 +382,7 @@ def test_reading_shards_holds_no_files_open(store: Path):
 @pytest.mark.parametrize("content", [b'{"a', b"[1]", b"\xff", b"3"])
 def test_damaged_settings_are_named(store: Path, content: bytes):
     (store / "tokens/settings.json").write_bytes(content)
-    with pytest.raises(BadInput, match="settings.json is damaged .*repair=true"):
+    with pytest.raises(BadInput, match="settings.json is missing or damaged .*repair=true"):
         start_folder(store / "tokens", {})
 
 

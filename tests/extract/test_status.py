@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from extract.config import ExtractSettings
 from extract.errors import BadInput
 from extract.status import RATE_WINDOW_S, tokens_per_second, view
 from tests.extract.test_activations import run
+from tests.extract.test_workers import small_disk
 
 
 def test_the_view_counts_what_is_done_claimed_and_missing(study: list[str], capsys: pytest.CaptureFixture[str]):
@@ -80,6 +82,15 @@ def test_watching_ends_when_the_store_is_complete(study: list[str]):
     assert first.startswith("\033[H\033[J") and watching.wait(60) == 0
     assert "manifests are being written" in rest and rest.rstrip().endswith("complete.")
     assert compose(ExtractSettings, [*study, "watch=true"]).watch
+
+
+def test_who_may_not_write_sees_the_view_too(study: list[str], tmp_path: Path):
+    settings = run(study)
+    with small_disk(tmp_path / "disk", 4096) as disk:
+        shutil.copytree(settings.store, disk / "store")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        text, complete = view(compose(ExtractSettings, [*study, f"store={disk / 'store'}"]))
+    assert complete and "100.0% of 3,812 tokens, complete." in text
 
 
 def test_a_store_without_tokens_and_a_remote_one_are_refused(study: list[str]):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import transformers
-from tokenizers import Tokenizer, normalizers, processors
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 
 from extract.command import compose
 from extract.config import ExtractSettings
@@ -70,6 +70,28 @@ def test_a_difference_is_shown(other: Callable[[], Any], shown: str):
 
     difference = tokenizer_difference(altered(), other())
     assert difference and re.search(shown, difference), difference
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: tiny.tokenizer(extra="zzz"),
+        lambda: altered(lambda parts: parts["model"]["merges"].reverse()),
+        lambda: with_part("normalizer", normalizers.NFC()),
+        lambda: with_part("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        lambda: with_eos("<bos> $A <|end|>"),
+        lambda: altered(lambda parts: parts["added_tokens"][2].update(lstrip=True)),
+    ],
+)
+def test_what_decides_the_tokens_is_in_the_hash(other: Callable[[], Any]):
+    assert tokenizer_sha256(altered()) != tokenizer_sha256(other())
+
+
+def test_what_does_not_decide_the_tokens_is_not_in_the_hash():
+    used = altered()
+    used("some text", truncation=True, max_length=3)
+    used.backend_tokenizer.decoder = decoders.Fuse()
+    assert tokenizer_sha256(used) == tokenizer_sha256(altered())
 
 
 def test_models_with_different_tokenizers_are_refused(study: list[str], tmp_path: Path):

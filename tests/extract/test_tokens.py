@@ -135,8 +135,46 @@ def test_a_corpus_that_changed_is_named(study: list[str], tmp_path: Path, is_fin
     path.touch()  # a new time alone is no change
     make_tokens(settings)
     path.write_text(path.read_text().replace("number 99", "number 66"))
-    with pytest.raises(BadInput, match=r"corpus file .*mine.jsonl has changed since the tokens in .*store=PATH"):
+    with pytest.raises(
+        BadInput, match=r"source mine: its file mine.jsonl has changed since the tokens in .*store=PATH"
+    ):
         make_tokens(settings)
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_store_and_its_corpus_may_be_moved(study: list[str], tmp_path: Path, is_finished: bool):
+    """The same files under other paths are the same corpus; under other names they are another."""
+    before = tmp_path / "before"
+    before.mkdir()
+    (before / "folder").mkdir()
+    bad = [{"text": 3}, {"messages": None, "text": "of a length that is kept"}]
+    (before / "folder" / "1.jsonl").write_text("\n".join(json.dumps(record) for record in bad))
+    (before / "mine.jsonl").write_text("".join(json.dumps({"text": f"document number {i}"}) + "\n" for i in range(100)))
+    (before / "own.jinja").write_text(tiny.CHAT_TEMPLATE)
+
+    def settings(place: Path) -> ExtractSettings:
+        sources = f"corpus.sources=[{{path: '{place}/folder'}}, {{path: '{place}/mine.jsonl'}}]"
+        template = f"corpus.chat_template={place}/own.jinja"
+        return compose(ExtractSettings, [*study, sources, template, f"outputs={place}/outputs"])
+
+    whole = make_tokens(settings(before))
+    expected, content = shards(whole.folder), whole.manifest.content_sha256()
+    if not is_finished:
+        (whole.folder / "manifest.json").unlink()
+        (whole.folder / "shard-00002.index").unlink()
+    after = tmp_path / "elsewhere" / "after"
+    after.parent.mkdir()
+    before.rename(after)
+    store = make_tokens(settings(after))
+    assert store.folder.is_relative_to(after) and shards(store.folder) == expected
+    assert store.manifest.content_sha256() == content
+    settings_there = settings(after)
+    settings_there.store = str(after / "fresh")
+    fresh = make_tokens(settings_there)
+    assert shards(fresh.folder) == expected and fresh.manifest.content_sha256() == content
+    (after / "folder" / "1.jsonl").rename(after / "folder" / "2.jsonl")
+    with pytest.raises(BadInput, match="source folder: its file 1.jsonl is gone"):
+        make_tokens(settings(after))
 
 
 def test_an_error_amid_the_corpus_keeps_what_is_finished(

@@ -4,10 +4,13 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
+from extract import verify
 from extract.activations import extract
 from extract.command import compose
 from extract.config import ExtractSettings
@@ -50,6 +53,29 @@ def test_a_byte_flipped_anywhere_is_named(study: list[str]):
                 assert name.endswith(".tar") or path in {problem.path for problem in problems(fast)}
                 path.write_bytes(before)
     assert not list(problems(whole))
+
+
+def test_shards_are_looked_at_side_by_side_and_named_in_order(study: list[str], monkeypatch: pytest.MonkeyPatch):
+    """No shard of a folder's four is looked at before all are at hand: one after the other, the first waits in vain."""
+    settings = run(study)
+    folder = settings.activations_folder("base", "block1")
+    for number in (3, 0, 2):
+        flip(folder / f"shard-0000{number}.tar", 700)
+    real, all_four = verify._archive, threading.Barrier(4, timeout=20)
+    monkeypatch.setattr(verify, "THREADS", 4)
+    monkeypatch.setattr(verify, "_archive", lambda *arguments: (all_four.wait(), real(*arguments))[1])
+    assert [problem.path.name for problem in problems(full(study))] == [f"shard-0000{i}.tar" for i in (0, 2, 3)]
+
+
+@pytest.mark.parametrize("mode", ["fast", "full"])
+def test_the_bar_counts_every_byte_that_is_read(study: list[str], mode: str, monkeypatch: pytest.MonkeyPatch):
+    settings = run(study)
+    bars = []
+    monkeypatch.setattr(verify, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    assert not list(problems(compose(ExtractSettings, [*study, f"mode={mode}"])))
+    paths = [path for folder in folders_of(settings) for path in folder.glob("shard-*")]
+    indexes, archives = (sum(p.stat().st_size for p in paths if p.suffix == suffix) for suffix in (".index", ".tar"))
+    assert bars[0].n == bars[0].total == indexes + (2 * archives if mode == "full" else 0)
 
 
 def test_sizes_and_missing_files_are_seen_fast(study: list[str]):
@@ -156,16 +182,16 @@ def test_the_command_names_repairs_and_says_so(study: list[str]):
     shard = settings.activations_folder("base", "block1") / "shard-00001.tar"
     flip(shard, 700)
 
-    def verify(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "extract.verify", *study, *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "extract.verify", *study, *arguments]
+        return subprocess.run(line, capture_output=True, text=True)
 
-    assert verify().returncode == 0
-    named = verify("mode=full")
+    assert command().returncode == 0
+    named = command("mode=full")
     assert named.returncode == 1 and f"bad: {shard} was altered" in named.stderr and "repair=true" in named.stdout
-    repaired = verify("mode=full", "repair=true")
+    repaired = command("mode=full", "repair=true")
     assert repaired.returncode == 0 and f"repaired: {shard} (the same bytes as before)" in repaired.stdout
-    assert verify("mode=full").returncode == 0
+    assert command("mode=full").returncode == 0
 
 
 def test_an_unfinished_folder_is_a_problem(study: list[str]):

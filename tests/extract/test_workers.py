@@ -9,19 +9,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from extract import archive
-from extract.activations import ModelShards, extract, worker_device
+from extract import tokens as tokens_module
+from extract.activations import ModelShards, check_spread, extract, worker_device
 from extract.batches import compute_shard
 from extract.claims import Claims, Holder
 from extract.command import compose
 from extract.config import ExtractSettings
+from extract.errors import BadInput
 from extract.manifest import Manifest
 from extract.models import load_blocks
 from extract.tokens import make_tokens
@@ -197,6 +200,40 @@ def test_a_full_disk_stops_with_one_line_and_loses_nothing(many_shards: list[str
         assert files(settings) == expected
 
 
+def test_of_several_at_once_one_makes_the_tokens_and_the_others_wait(
+    study: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Held by another process, then ready: nothing is made, nor is what that process has open removed."""
+    monkeypatch.setattr(tokens_module, "POLL_S", 0.01)
+    ready = make_tokens(compose(ExtractSettings, [*study, "store=${outputs}/ready"])).folder
+    settings = compose(ExtractSettings, study)
+    capsys.readouterr()
+    with Claims(settings.claims_folder, 60) as claims, ThreadPoolExecutor(1) as thread:
+        claim = claims.take("tokens")
+        assert claim
+        waiting = thread.submit(make_tokens, settings)
+        deadline = time.monotonic() + 60
+        while "another process makes" not in capsys.readouterr().out and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not waiting.done() and not settings.tokens_folder.exists()
+        shutil.copytree(ready, tmp_path / "copy")
+        (tmp_path / "copy/shard-00000.tar.0123.partial").touch()
+        (tmp_path / "copy").rename(settings.tokens_folder)
+        assert waiting.result(60).num_documents == 40 and claim.is_held()
+        assert (settings.tokens_folder / "shard-00000.tar.0123.partial").exists()
+    assert not list(settings.claims_folder.iterdir())
+
+
+def test_tokens_whose_maker_died_are_taken_over(study: list[str]):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    settings = compose(ExtractSettings, study)
+    settings.claims_folder.mkdir(parents=True)
+    claim = settings.claims_folder / "tokens.claim"
+    claim.write_text(json.dumps(asdict(replace(Holder.here(), pid=process.pid))))
+    assert make_tokens(settings).num_documents == 40 and not claim.exists()
+
+
 def test_a_store_that_cannot_be_written_is_one_line(many_shards: list[str], tmp_path: Path):
     tokens = make_tokens(in_store(many_shards, tmp_path / "whole")).folder
     with small_disk(tmp_path / "disk", 4096) as disk:
@@ -222,6 +259,23 @@ def test_a_worker_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch):
     assert worker_device("cpu", {"LOCAL_RANK": "2"}) == torch.device("cpu")
 
 
+@pytest.mark.parametrize(
+    ("environment", "refused"),
+    [
+        ({"LOCAL_WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE=2"),
+        ({"SLURM_NTASKS_PER_NODE": "4"}, "SLURM_NTASKS_PER_NODE=4"),
+        ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_GPUS_PER_TASK": "2"}, None),  # each task sees GPUs of its own
+        ({"LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "8"}, None),
+        ({}, None),
+    ],
+)
+def test_a_spread_model_takes_a_node_for_itself(study: list[str], environment: dict[str, str], refused: str | None):
+    check_spread(compose(ExtractSettings, study), {"LOCAL_WORLD_SIZE": "8"})  # only who spreads a model is refused
+    settings = compose(ExtractSettings, [*study, "models.tuned.device_map=auto"])
+    with pytest.raises(BadInput, match=f"models.tuned.device_map=auto .*{refused}") if refused else nullcontext():
+        check_spread(settings, environment)
+
+
 @pytest.mark.parametrize("is_lost", [True, False])
 def test_a_worker_that_was_thought_dead_goes_on(
     many_shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_lost: bool
@@ -229,7 +283,8 @@ def test_a_worker_that_was_thought_dead_goes_on(
     """Whoever takes a claim over removes what its holder was writing; a file that vanishes otherwise is an error."""
     settings = in_store(many_shards, tmp_path / "store")
     shards = ModelShards(settings, make_tokens(settings), "base")
-    shards.start()
+    with Claims(settings.claims_folder, 60) as claims:
+        shards.start(claims)
     model = load_blocks("base", settings.models["base"], settings.hookpoints)
     documents = [shards.tokens.document(i).token_ids for i in shards.documents[0]]
 

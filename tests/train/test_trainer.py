@@ -277,7 +277,7 @@ def test_a_sweep_leaves_its_runs_and_its_settings_and_nothing_empty(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_dir() and not any(path.iterdir())]
 
 
-@pytest.mark.parametrize("module", ["train", "analysis", "analysis.compare"])
+@pytest.mark.parametrize("module", ["train", "analysis", "analysis.compare", "demo"])
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path, module):
     """A stand-in for omegaconf, which all of them import, presses Ctrl-C."""
     (tmp_path / "omegaconf.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
