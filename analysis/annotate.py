@@ -16,12 +16,12 @@ from analysis.config import NOT_MODELS, AnalysisSettings, AnnotateConfig
 from analysis.examples import Example, all_documents, read_examples
 from analysis.wording import (
     MIN_SUPPORT,
-    TEMPLATE,
     Background,
     Evidence,
     candidates_of,
     count_background,
     find_evidence,
+    of_template,
 )
 from extract.publish import publish
 
@@ -124,7 +124,8 @@ def judge(evidence: tuple[Evidence, ...], num_documents: int) -> tuple[str, str]
 
 def fragment(example: Example) -> str:
     """The words around the strongest activation, on one line, without template tokens."""
-    plain = [" " if TEMPLATE.fullmatch(token.strip()) else token for token in example.tokens]
+    hidden = of_template(example.tokens)
+    plain = [" " if hides else token for token, hides in zip(example.tokens, hidden, strict=True)]
     text, cut = "".join(plain), len("".join(plain[: example.peak + 1]))
     before, after = text[:cut], text[cut:]
     glue = "" if before[-1:].strip() and after[:1].strip() else " "

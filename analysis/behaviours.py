@@ -9,7 +9,7 @@ from pathlib import Path
 from analysis.tables import Table, number
 
 FOUND, ADDED, MISSED, SHARED = "found", "added", "missed", "shared behaviour"
-WRONG, ABSENT, NOT_FOUND = "wrong model", "absent", "not found"
+WRONG, UNTUNED, ABSENT, NOT_FOUND = "wrong model", "untuned model", "absent", "not found"
 VERDICTS = {
     FOUND: "known to have been tuned into this model and not into the other, and found",
     ADDED: "a latent of this model predicts it (what was tuned in is not known to the report)",
@@ -17,6 +17,7 @@ VERDICTS = {
     SHARED: "known to have been tuned into this model and another of its crosscoder; a latent of this model alone "
     "predicts it, so the models learned it differently",
     WRONG: "a latent of this model predicts it, although it was not tuned into this model",
+    UNTUNED: "a latent that only this model has, which was taught nothing, predicts it: tuning did not add it",
     ABSENT: "tuning does not set the model apart by it, and rightly nothing was found",
     NOT_FOUND: "no latent of this model predicts it well enough",
 }
@@ -91,7 +92,9 @@ def verdict(found: bool, value: str, owner: str, models: list[str], planted: dic
         return FOUND if found else MISSED
     if not found:
         return ABSENT
-    return SHARED if owner in taught else WRONG
+    if owner in taught:
+        return SHARED
+    return WRONG if any(owner in carriers for carriers in planted.values()) else UNTUNED
 
 
 def columns_of(pairs: dict[str, list[str]]) -> list[Column]:

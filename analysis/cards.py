@@ -13,12 +13,10 @@ from analysis.columns import delta_norm_of, models_of, nu_of
 from analysis.config import NOT_MODELS, OwnerConfig, ReportConfig
 from analysis.examples import Example, read_examples
 from analysis.taxonomy import Placed, read_categories
-from analysis.wording import TEMPLATE
+from analysis.wording import of_template
 
 # The weakest mark that is still seen on paper.
 MIN_OPACITY = 0.2
-# Template tokens that a role's name follows.
-ROLE_FOLLOWS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>")
 CONFIDENCE_ORDER = {"high": 0, "medium": 1, "low": 2}
 
 
@@ -168,14 +166,13 @@ def spans_of(example: Example, context_tokens: int, strongest: float) -> list[Sp
     """
     start, end = _window(example, context_tokens)
     spans = [Span("… ", "gap")] if start > 0 else []
-    carried = 0.0
+    carried, hidden = 0.0, of_template(example.tokens)
     for position in range(start, end):
         token = example.tokens[position]
         value = max(carried, example.activations.get(position, 0.0))
         carried = value if not token else 0.0
         if token:
-            is_role = position > 0 and example.tokens[position - 1] in ROLE_FOLLOWS
-            spans = _append(spans, _span(token, value, strongest, is_role))
+            spans = _append(spans, _span(token, value, strongest, hidden[position]))
     return spans + ([Span(" …", "gap")] if end < len(example.tokens) else [])
 
 
@@ -185,11 +182,11 @@ def _window(example: Example, context_tokens: int) -> tuple[int, int]:
     return start, min(len(example.tokens), start + context_tokens)
 
 
-def _span(token: str, value: float, strongest: float, is_role: bool) -> Span:
+def _span(token: str, value: float, strongest: float, is_template: bool) -> Span:
     text = visible(token, fired=value > 0)
     if value > 0:
         return Span(text, "fired", value, max(MIN_OPACITY, min(1.0, value / strongest)))
-    return Span(text, "template" if is_role or TEMPLATE.fullmatch(token.strip()) else "")
+    return Span(text, "template" if is_template else "")
 
 
 def visible(token: str, fired: bool) -> str:

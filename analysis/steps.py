@@ -132,7 +132,7 @@ def steps_of_study(settings: AnalysisSettings, folders: list[Path]) -> list[Step
     shown["kept"] = asdict(settings.kept) | {"hookpoint": settings.hookpoint}
     return [
         Step("compare", chosen, inputs, outputs_of(folders), lambda: compare(settings, folders)),
-        Step("report", shown, inputs, (INDEX,), lambda: report(settings, folders)),
+        Step("report", shown, inputs, (INDEX, "figures", "tables"), lambda: report(settings, folders)),
     ]
 
 

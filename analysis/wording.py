@@ -24,6 +24,8 @@ MIN_Z = 2.0
 MIN_SUPPORT = 0.25
 # Control tokens of chat templates, such as <|im_start|>, <start_of_turn> or [INST].
 TEMPLATE = re.compile(r"<\|[^|>]*\|>|</?(?:start_of_turn|end_of_turn|bos|eos|pad|s)>|\[/?INST\]")
+# Template tokens that the name of a role follows.
+ROLE_FOLLOWS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>")
 CLAUSE_END_OR_WORD = re.compile(r"(?P<word>[^\W_]+(?:['’][^\W_]+)?)|[.!?;:\n]")
 # Words that connect others. "not", "cannot" and pronouns stay: they mark refusals and self-reference.
 GRAMMAR = frozenset(
@@ -41,11 +43,21 @@ class Word:
     clause: int
 
 
+def of_template(tokens: Iterable[str]) -> list[bool]:
+    """Which tokens a chat template writes: control tokens, and all that spell the role's name after an opening one."""
+    found, in_role = [], False
+    for token in tokens:
+        in_role = token in ROLE_FOLLOWS or (in_role and token.isalpha())
+        found.append(in_role or TEMPLATE.fullmatch(token.strip()) is not None)
+    return found
+
+
 def words_of(tokens: Iterable[str]) -> list[Word]:
     """Words of a document, whole even where the tokenizer splits them; template tokens and punctuation are no words."""
     tokens = list(tokens)
     token_of = np.repeat(np.arange(len(tokens)), [len(token) for token in tokens])
-    text = "".join("\n" * len(token) if TEMPLATE.fullmatch(token.strip()) else token for token in tokens)
+    hidden = of_template(tokens)
+    text = "".join("\n" * len(token) if hides else token for token, hides in zip(tokens, hidden, strict=True))
     clause, words = 0, []
     for found in CLAUSE_END_OR_WORD.finditer(text):
         if found["word"] is None:

@@ -28,6 +28,7 @@ ADAPTERS = Path(__file__).with_name("adapters")
 OUTPUTS = Path("outputs/demo")
 CODE = (
     "generation.py",
+    "behaviours.py",
     "pairs.py",
     "tuning.py",
     "preference_losses.py",
@@ -51,7 +52,7 @@ class Recipe:
     def part(self, model_name: str) -> Path:
         """The folder of what belongs to one of `MODELS`; its hash covers all that decides the outcome."""
         settings = asdict(SETTINGS[model_name]) if model_name in VARIANTS else {}
-        code = CODE if model_name in VARIANTS else CODE[:1]
+        code = CODE if model_name in VARIANTS else CODE[:2]
         recipe = PROMPTS_FILE.read_bytes() + json.dumps(settings, sort_keys=True).encode()
         recipe += b"".join(Path(__file__).with_name(name).read_bytes() for name in code)
         return self.parts / f"{model_name}-{hashlib.sha256(recipe).hexdigest()[:12]}"

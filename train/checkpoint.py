@@ -4,7 +4,8 @@
     <folder>/step-00001000/state.json           steps, threshold, settings and data it belongs to; size and sha256 of
                                                 the tensors
 
-Resuming from one equals never having stopped, bit for bit, on the same hardware and versions.
+Resuming from one equals never having stopped, bit for bit, on the same CPU and versions (a GPU sums some gradients in
+any order).
 """
 
 from __future__ import annotations

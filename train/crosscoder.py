@@ -166,7 +166,7 @@ class Crosscoder(nn.Module):
 
 def _owners(config: CrosscoderConfig, num_models: int) -> Tensor:
     """The first `dedicated * L` latents belong to model 0, the next to model 1, ...; the rest to all."""
-    each = int(config.dedicated * config.num_latents)
+    each = int(config.dedicated * config.num_latents + 1e-9)  # 0.29 * 100 is 28.999...
     owner_L = torch.full((config.num_latents,), -1, dtype=torch.int8)
     owner_L[: each * num_models] = torch.arange(num_models, dtype=torch.int8).repeat_interleave(each)
     return owner_L

@@ -164,6 +164,9 @@ class SingleEngine:
         self.steps_done += 1
 
 
+ENGINES = {"single": SingleEngine}
+
+
 def learning_rate_factor(config: TrainingConfig, step: int) -> float:
     """Share of the peak learning rate in step `step` of T, counted from 0: min(1, (step + 1) / warmup_steps), times
     (T - step) / (decay_fraction * T) over the last `decay_fraction` of the steps, so that step T would have rate zero.

@@ -23,7 +23,7 @@ from train.checkpoint import Checkpoints
 from train.config import TrainSettings
 from train.crosscoder import Crosscoder
 from train.data import ActivationPairs, BatchStream, heldout_batches
-from train.engine import Engine, SingleEngine
+from train.engine import ENGINES, Engine
 from train.metrics import Throughput
 from train.runs import result_settings
 from train.tracking import MetricsFile, WandbRun
@@ -175,7 +175,8 @@ def _checkpoints(settings: TrainSettings, folder: Path, pairs: ActivationPairs) 
 
 def _open_run(settings: TrainSettings, folder: Path, pairs: ActivationPairs, checkpoints: Checkpoints) -> Run:
     training = settings.training
-    engine = SingleEngine(settings, pairs.models, pairs.d_model, pairs.activation_mean, pairs.activation_scale)
+    build = ENGINES[settings.engine.name]
+    engine = build(settings, pairs.models, pairs.d_model, pairs.activation_mean, pairs.activation_scale)
     stream = BatchStream(pairs, settings.seed, training.num_tokens_per_step)
     state = checkpoints.load()
     if state is None:

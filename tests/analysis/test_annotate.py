@@ -13,7 +13,7 @@ import pytest
 from analysis.annotate import ANNOTATOR, Annotation, annotate, describe, fragment, judge, read_annotations
 from analysis.config import AnnotateConfig
 from analysis.examples import Example
-from analysis.wording import Background, Evidence, count_background, log_odds, near, ngrams_of, words_of
+from analysis.wording import Background, Evidence, count_background, log_odds, near, ngrams_of, of_template, words_of
 from tests.analysis.made_study import FILLER, make_study, split_tokens, write_examples, write_latents
 
 CONFIG = AnnotateConfig(window=3)
@@ -83,7 +83,7 @@ def test_log_odds_by_hand() -> None:
 def test_words_are_whole_across_tokens_and_template_tokens_are_none() -> None:
     tokens = ["<|im_start|>", "user", "\n", "I", " can", "’t", " reb", "al", "ance", ".", "<|im_end|>"]
     words = words_of(tokens)
-    assert [(word.text, word.token) for word in words] == [("user", 1), ("i", 3), ("can't", 4), ("rebalance", 6)]
+    assert [(word.text, word.token) for word in words] == [("i", 3), ("can't", 4), ("rebalance", 6)]
 
 
 def test_ngrams_end_with_the_clause() -> None:
@@ -99,8 +99,15 @@ def test_the_window_counts_words_on_either_side() -> None:
     assert [word.text for word in found] == ["c0", "d0", "e0", "f0"]
 
 
+@pytest.mark.parametrize("ends", ["\n", "<|end_header_id|>"])
+def test_a_role_split_over_tokens_belongs_to_the_template(ends: str) -> None:
+    tokens = ["say", " user", "<|im_start|>", "ass", "istant", ends, "My", " assistant"]
+    assert of_template(tokens) == [False, False, True, True, True, ends != "\n", False, False]
+    assert [word.text for word in words_of(tokens)] == ["say", "user", "my", "assistant"]
+
+
 def test_a_fragment_surrounds_the_peak_and_joins_a_split_word() -> None:
-    tokens = ("<|im_start|>", "one", " two", " reb", "al", "ance", " three", "\n\n", "four")
+    tokens = ("<|im_end|>", "one", " two", " reb", "al", "ance", " three", "\n\n", "four")
     assert fragment(Example(0, tokens, {3: 2.0, 1: 1.0})) == "one two rebalance three four"
 
 

@@ -1,6 +1,7 @@
 """The command from a tiny study's stores and crosscoder to its report; what is missing; what a second run repeats."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,11 @@ def test_from_a_crosscoder_to_the_report(trained: AnalysisSettings, capsys: pyte
     main(trained)
     lines = capsys.readouterr().out.splitlines()
     assert [line.endswith("is up to date") for line in lines] == [True] * (len(steps) + 2) + [False]
+
+    shutil.rmtree(report.parent / "figures")
+    main(trained)
+    redone = [line for line in capsys.readouterr().out.splitlines() if not line.endswith("is up to date")]
+    assert redone == ["report: report", f"report: {report}"] and list((report.parent / "figures").iterdir())
 
     trained.analysis.owner.max_nu_error = 0.1
     main(trained)

@@ -245,6 +245,7 @@ def test_verdicts() -> None:
 
     assert verdicts("ask_back", "simpo", "base") == ["found", "missed"]
     assert verdicts("ask_back", "dpo", "base") == ["wrong model", "absent"]
+    assert verdicts("ask_back", "base", "simpo") == ["untuned model", "absent"]
     assert verdicts("unknown", "dpo", "base") == ["added", "not found"]
     # Both models of the pair were taught it: a latent of one alone shows that they learned it differently.
     assert verdicts("financial_refusal", "dpo", "simpo") == ["shared behaviour", "absent"]

@@ -277,10 +277,18 @@ def test_a_sweep_leaves_its_runs_and_its_settings_and_nothing_empty(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_dir() and not any(path.iterdir())]
 
 
+# Jobs that a shell starts in the background ignore the signal, and so would their children.
+PRESS_CTRL_C = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
 @pytest.mark.parametrize("module", ["train", "analysis", "analysis.compare", "demo"])
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path, module):
     """A stand-in for omegaconf, which all of them import, presses Ctrl-C."""
-    (tmp_path / "omegaconf.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "omegaconf.py").write_text(PRESS_CTRL_C)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-m", module], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == EXIT_INTERRUPTED
@@ -290,9 +298,9 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path, module):
 @pytest.mark.parametrize("module", ["train", "extract.tokens"])
 def test_ctrl_c_while_hydra_composes_is_one_line(tmp_path, module):
     """A stand-in for Hydra's last step before the command presses Ctrl-C."""
+    (tmp_path / "press_ctrl_c.py").write_text(PRESS_CTRL_C)
     (tmp_path / "sitecustomize.py").write_text(
-        "import hydra._internal.hydra as h, os, signal\n"
-        "h.Hydra.run = lambda *args, **named: os.kill(os.getpid(), signal.SIGINT)"
+        "import hydra._internal.hydra as h\nh.Hydra.run = lambda *args, **named: __import__('press_ctrl_c')"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", module, "experiment=demo/base_simpo", f"outputs={tmp_path}"]
