@@ -116,6 +116,10 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = HUB_NAME
     model.to(torch.bfloat16).save_pretrained(str(partial), save_embedding_layers=False)
     (partial / "README.md").unlink()  # an empty form; CARD.md is the model card
+    path = partial / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"].sort()  # peft keeps a set, and writes it in another order every time
+    path.write_text(json.dumps(config, indent=2) + "\n")
     rename(partial, folder)
 
 

@@ -1,10 +1,11 @@
 """The committed adapters, answers and card."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from scipy.stats import norm
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -12,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from demo.answers import ANSWERS_FILE, MODELS, HeldOutAnswer, Rate, answers_as_lines, count_rates, read_answers
 from demo.behaviours import NEUTRAL, VARIANTS, load_behaviours
 from demo.card import CARD_FILE
-from demo.make_adapters import ADAPTERS
-from demo.tuning import SETTINGS
+from demo.make_adapters import ADAPTERS, save_adapter
+from demo.tuning import SETTINGS, lora_config
 
 BEHAVIOURS, NEUTRAL_PROMPTS = load_behaviours()
 
@@ -47,6 +48,16 @@ def test_adapter_is_small_and_loads_onto_the_base(variant: str) -> None:
         owner = loaded[name.replace(".weight", ".default.weight")]
         assert torch.equal(owner, weight.to(owner.dtype))
         assert weight.any()
+
+
+def test_a_saved_adapter_names_its_modules_in_one_order(tmp_path: Path) -> None:
+    """peft keeps them as a set, whose order another process would not repeat."""
+    shape = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=16, num_attention_heads=2)
+    model = get_peft_model(AutoModelForCausalLM.from_config(shape), lora_config(SETTINGS["simpo"]))
+    save_adapter(model, tmp_path / "adapter")
+    for folder in (tmp_path / "adapter", *(ADAPTERS / variant for variant in VARIANTS)):
+        names = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+        assert names == sorted(names) and len(names) == 7
 
 
 def test_every_model_answered_every_held_out_prompt_once() -> None:
