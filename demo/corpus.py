@@ -1,7 +1,7 @@
 """The demo's corpus, built from text that comes inside packages: plain prose, dialogues, and the planted behaviours.
 
-Lengths are counted in characters (about four a token), so that no tokenizer is needed: the same package versions give
-the same corpus everywhere.
+Lengths are counted in characters (about four a token), so that no tokenizer is needed: the same versions of Python and
+of the packages give the same corpus everywhere.
 """
 
 import importlib
