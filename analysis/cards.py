@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from analysis.annotate import Annotation, read_annotations
-from analysis.columns import delta_norm_of, models_of, nu_of
+from analysis.columns import delta_norm_of, models_of, nu_of, owners_in_order
 from analysis.config import NOT_MODELS, OwnerConfig, ReportConfig
 from analysis.examples import Example, read_examples
 from analysis.taxonomy import Placed, read_categories
@@ -88,14 +88,14 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def cards_of(folder: Path, config: ReportConfig, always: set[int]) -> list[Card]:
-    """Cards of each model's own latents: the `latents_per_model` most exclusive, and those in `always`."""
+    """Cards of each owner's latents: the `latents_per_model` most exclusive, and those in `always`."""
     models = models_of(folder)
     annotations = {record.latent: record for record in read_annotations(folder)}
     placed = {row.latent: row for row in read_categories(folder)}
     rows = [row for row in read_rows(folder) if row["owner"] not in NOT_MODELS]
     chosen = []
-    for model in models:
-        own = sorted((row for row in rows if row["owner"] == model), key=lambda row: exclusiveness(row, models))
+    for owner in owners_in_order((row["owner"] for row in rows), models):
+        own = sorted((row for row in rows if row["owner"] == owner), key=lambda row: exclusiveness(row, models))
         chosen += [row for rank, row in enumerate(own) if rank < config.latents_per_model or row["latent"] in always]
     with sqlite3.connect(f"file:{folder / 'examples.sqlite'}?mode=ro", uri=True) as database:
         return [
@@ -112,7 +112,7 @@ def cards_of(folder: Path, config: ReportConfig, always: set[int]) -> list[Card]
 
 
 def exclusiveness(row: dict[str, Any], models: list[str]) -> float:
-    """|nu_error| + |nu_reconstruction| towards the other model: 0 for a latent that only its owner needs."""
+    """|nu_error| + |nu_reconstruction| towards the other models: 0 for a latent that only its owner needs."""
     error, reconstruction = nu_of(row, models, row["owner"])
     return abs(error) + abs(reconstruction)
 
@@ -209,7 +209,8 @@ def nearest_to(
     alive = [
         row
         for row in rows
-        if row["owner"] in ("other", "shared") and all(abs(value) < float("inf") for value in nu_of(row, models, focus))
+        if row["owner"] not in (*models, "dead")
+        and all(abs(value) < float("inf") for value in nu_of(row, models, focus))
     ]
     near = sorted(alive, key=lambda row: _distance(row, models, focus, owner))
     return [

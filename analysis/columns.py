@@ -2,20 +2,27 @@
 
 A crosscoder of two models has `delta_norm` (0 = base only, 1 = tuned only) and `nu_error_<focus>`. With more models
 every ordered pair has its own: `delta_norm_<a>_<b>`, a as focus, and `nu_error_<focus>_<other>`.
+
+`owner` is the set of models that a latent belongs to: a model's name, several joined in their order (`it+simpo`),
+`shared` for all of them, `other` for none, `dead` for a latent that never fired.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from analysis.config import NOT_MODELS
+
 Columns = dict[str, np.ndarray]
 NORM = "norm_"
+# Between the models of an owner; no name of a model or hookpoint contains it.
+AND = "+"
 
 
 def pair_column(name: str, models: Sequence[str], a: str, b: str) -> str:
@@ -40,14 +47,36 @@ def read_columns(folder: Path) -> Columns:
     return {name: np.array(column) for name, column in table.to_pydict().items()}
 
 
+def owner_name(members: Sequence[str], models: Sequence[str]) -> str:
+    """The owner that is the set `members` of `models`, both in the models' order."""
+    return "shared" if len(members) == len(models) else AND.join(members) or "other"
+
+
+def members_of(owner: str, models: Sequence[str]) -> list[str]:
+    """The models that a latent belongs to; none if it is `other` or `dead`."""
+    if owner in NOT_MODELS:
+        return list(models) if owner == "shared" else []
+    return owner.split(AND)
+
+
+def owners_in_order(owners: Iterable[str], models: Sequence[str]) -> list[str]:
+    """Those of `owners` that are some models but not all: smaller sets first, then in the models' order."""
+    sets = {tuple(models.index(member) for member in members_of(o, models)): o for o in owners if o not in NOT_MODELS}
+    return [sets[members] for members in sorted(sets, key=lambda members: (len(members), members))]
+
+
 def of_two_models(columns: Columns, models: Sequence[str], base: str, tuned: str) -> Columns:
     """The columns of one pair of models under the names that a crosscoder of these two alone would give them.
 
-    A latent that belongs to a third model is `other` here.
+    A latent's owner is what the two are of it: a latent of a third model is `other` here, one of `tuned` and a third
+    model is `tuned`'s, one of `base`, `tuned` and a third model is `shared`.
     """
-    foreign = [model for model in models if model not in (base, tuned)]
-    owner = np.where(np.isin(columns["owner"], foreign), "other", columns["owner"])
-    found = {"owner": owner, "dedicated": columns["dedicated"]}
+    seen = {"dead": "dead"}
+    for owner in set(columns["owner"].tolist()) - {"dead"}:
+        members = [member for member in members_of(owner, models) if member in (base, tuned)]
+        seen[owner] = owner_name(members, (base, tuned))
+    found = {"owner": np.array([seen[owner] for owner in columns["owner"].tolist()])}
+    found["dedicated"] = columns["dedicated"]
     found["delta_norm"] = columns[pair_column("delta_norm", models, base, tuned)].astype(float)
     for name in ("nu_error", "nu_reconstruction"):
         for focus, other in ((base, tuned), (tuned, base)):
@@ -58,23 +87,30 @@ def of_two_models(columns: Columns, models: Sequence[str], base: str, tuned: str
 def delta_norm_of(row: Mapping[str, Any], models: Sequence[str], focus: str) -> float:
     """Delta-norm of a latent with `focus` in mind: 0 where only the base, 1 where only the tuned model has it.
 
-    With more than two models, towards the model that speaks most against its being `focus`'s own.
+    With more than two models `focus` may be several. What counts is the pair of one of them and another model that
+    speaks most against the latent's being their own.
     """
     if len(models) == 2:
         return row["delta_norm"]
-    others = [model for model in models if model != focus]
-    if focus == models[0]:
-        return max(row[f"delta_norm_{focus}_{other}"] for other in others)
-    return min(row[f"delta_norm_{other}_{focus}"] for other in others)
+    pairs = _pairs_across(focus, models)
+    if models[0] in members_of(focus, models):
+        return max(row[f"delta_norm_{member}_{other}"] for member, other in pairs)
+    return min(row[f"delta_norm_{other}_{member}"] for member, other in pairs)
 
 
 def nu_of(row: Mapping[str, Any], models: Sequence[str], focus: str) -> tuple[float, float]:
-    """nu_error and nu_reconstruction with `focus` as focus: towards the one other model, or the worst of several."""
-    others = [model for model in models if model != focus]
+    """nu_error and nu_reconstruction with `focus`, one model or several, as focus: the worst towards other models."""
+    pairs = _pairs_across(focus, models)
     return (
-        _worst([row[nu_column("nu_error", models, focus, other)] for other in others]),
-        _worst([row[nu_column("nu_reconstruction", models, focus, other)] for other in others]),
+        _worst([row[nu_column("nu_error", models, *pair)] for pair in pairs]),
+        _worst([row[nu_column("nu_reconstruction", models, *pair)] for pair in pairs]),
     )
+
+
+def _pairs_across(owner: str, models: Sequence[str]) -> list[tuple[str, str]]:
+    """(a model of `owner`, a model outside) for all of them."""
+    members = members_of(owner, models)
+    return [(member, other) for member in members for other in models if other not in members]
 
 
 def _worst(values: list[float]) -> float:

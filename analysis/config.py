@@ -100,7 +100,7 @@ class ReportConfig:
     # Behaviours known to have been tuned into models, {value of the tag: [models]}; the report then tells right from
     # wrong attributions.
     planted: dict[str, list[str]] = field(default_factory=dict)
-    # Cards for each model of a pair, the most exclusive latents first.
+    # Cards for each model of a pair (of several: each owner), the most exclusive latents first.
     latents_per_model: int = 150
     # Documents on a card.
     documents_per_latent: int = 4

@@ -29,7 +29,7 @@ from analysis.scaling import (
     decoder_gram,
     delta_norm,
     delta_norm_tags,
-    may_be_owned,
+    holders,
     nu,
     owners,
 )
@@ -68,9 +68,9 @@ def write_latents(settings: AnalysisSettings, crosscoder_folder: Path, folder: P
     tokenizer = load_tokenizer(base, settings.models[base])
     gram_LMM = decoder_gram(rows_by_model(crosscoder.W_dec, crosscoder))
     delta_norm_LMM = delta_norm(gram_LMM.diagonal(dim1=1, dim2=2).sqrt()).numpy()
-    allowed_LM = may_be_owned(delta_norm_LMM, crosscoder.dedicated_owner.cpu().numpy(), config.owner)
+    held_LM = holders(delta_norm_LMM, crosscoder.dedicated_owner.cpu().numpy(), config.owner)
     top = TopDocuments(crosscoder.num_latents, config.examples.top_documents)
-    with publishing(folder / MAXIMA) as file, MaximaWriter(file, np.any(allowed_LM, axis=1)) as maxima:
+    with publishing(folder / MAXIMA) as file, MaximaWriter(file, held_LM.sum(axis=1) == 1) as maxima:
         sums = run_pass(pairs, crosscoder, config.batch_tokens, top, maxima)
     write_examples(folder / EXAMPLES, top.result(), pairs.tokens, lambda ids: decode_exactly(tokenizer, ids))
     table = latent_table(sums, gram_LMM, crosscoder, config.owner)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from analysis import behaviours, figures, tables
 from analysis.annotate import ANNOTATOR
 from analysis.cards import CONFIDENCE_ORDER, Card, Near, anchor_of, cards_of, nearest_to, read_rows
-from analysis.columns import models_of, of_two_models, read_columns
+from analysis.columns import models_of, of_two_models, owners_in_order, read_columns
 from analysis.comparison import Comparison, comparisons_of
 from analysis.comparison import table_of as comparison_table
 from analysis.config import NOT_MODELS, AnalysisSettings, OwnerConfig
@@ -35,7 +35,10 @@ NEEDED = ("latents.parquet", "examples.sqlite", "tags.csv", "annotations.jsonl",
 
 @dataclass(frozen=True)
 class Pair:
-    """Everything that the report shows of one crosscoder. `curves` is a data URI."""
+    """Everything that the report shows of one crosscoder. `curves` is a data URI.
+
+    `num_own` counts the latents of each model, and of each set of several, that other models lack.
+    """
 
     name: str
     models: list[str]
@@ -113,6 +116,7 @@ def _pair(
 ) -> Pair:
     models, rows = models_of(folder), read_rows(folder)
     owners = Counter(row["owner"] for row in rows)
+    own = list(dict.fromkeys([*models, *owners_in_order(owners, models)]))
     named = {row.latent for row in measured if row.pair == folder.name and row.found and row.latent is not None}
     run = Path(settings.outputs) / "runs" / folder.name
     metrics = read_metrics(run / "metrics.jsonl")
@@ -121,7 +125,7 @@ def _pair(
     return Pair(
         name=folder.name,
         models=models,
-        owners={owner: owners[owner] for owner in [*models, *NOT_MODELS]},
+        owners={owner: owners[owner] for owner in [*own, *NOT_MODELS]},
         num_latents=len(rows),
         share_dropped=share_dropped(folder),
         num_dedicated=sum(bool(row["dedicated"]) for row in rows),
@@ -132,7 +136,7 @@ def _pair(
         },
         run=read_config(run / "config.yaml"),
         cards=cards_of(folder, settings.analysis.report, named),
-        num_own={model: owners[model] for model in models},
+        num_own={owner: owners[owner] for owner in own},
         nearest={model: nearest_to(model, rows, models, config) for model in models if not owners[model]},
         curves=embed(curves, target, f"training_{folder.name}") if curves else None,
         panels=_panels(folder, models, colours, config, target),
@@ -253,7 +257,7 @@ def render(
         split_member=split_member,
         verdicts={row.verdict: behaviours.VERDICTS[row.verdict] for row in measured},
         measured=measured,
-        colours=colours,
+        colours={owner: figures.INK for pair in pairs for owner in pair.num_own} | colours,
         annotator=ANNOTATOR,
         confidence_order=CONFIDENCE_ORDER,
         encoders=encoders,

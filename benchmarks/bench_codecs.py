@@ -74,7 +74,7 @@ def relative_errors(pairs: ActivationPairs, codec: Codec) -> list[float]:
 
 def coded_batches(pairs: ActivationPairs, codec: Codec | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Held-out activations (B, M, D) as stored, and after encoding and decoding, both float32."""
-    for raw_BMD in heldout_batches(pairs, BATCH_TOKENS, None):
+    for raw_BMD, _ in heldout_batches(pairs, BATCH_TOKENS, None):
         x_BMD = raw_BMD.float()
         by_model = [x_BMD[:, m].contiguous() for m in range(pairs.num_models)]
         coded = [x_BD if codec is None else decode(encode(codec, x_BD)).float() for x_BD in by_model]

@@ -25,12 +25,14 @@ from tqdm import tqdm
 
 from benchmarks.timing import machine
 from extract.command import run
+from extract.devices import choose_device
 from train.config import TrainSettings
 from train.crosscoder import Crosscoder
 from train.data import ActivationPairs, heldout_batches
-from train.engine import SingleEngine, learning_rate_factor
+from train.engine import Engine, learning_rate_factor
 from train.metrics import validation_metrics
 from train.stream import BatchStream
+from train.world import World
 
 WARM_UP = 5  # steps that are not timed
 
@@ -144,7 +146,8 @@ def main(settings: TrainSettings) -> None:
     training = settings.training
     pairs = ActivationPairs.open(settings)
     stream = BatchStream(pairs, settings.seed, training.num_tokens_per_step, settings.data)
-    engine = SingleEngine(settings, pairs.models, pairs.d_model, pairs.activation_mean, pairs.activation_scale)
+    world = World.alone(choose_device(training.device, "training.device"))
+    engine = Engine(settings, pairs.models, pairs.d_model, pairs.activation_mean, pairs.activation_scale, world)
     engine.initialise(stream.batch(0))
     trainer = PublicTrainer(settings, engine.crosscoder)
     public, ours = Timed([]), Timed([])
@@ -161,7 +164,7 @@ def main(settings: TrainSettings) -> None:
     _report("public", validation_metrics(engine.crosscoder, heldout), public.loss, trainer.threshold)
 
 
-def _our_step(engine: SingleEngine, raw_BMD: Tensor, measured: bool) -> float:
+def _our_step(engine: Engine, raw_BMD: Tensor, measured: bool) -> float:
     return engine.step(raw_BMD, measured).get("train/loss", 0.0)
 
 

@@ -16,10 +16,12 @@ from tqdm import tqdm
 
 from benchmarks.timing import machine
 from extract.command import run
+from extract.devices import choose_device
 from train.config import TrainSettings
 from train.data import ActivationPairs, heldout_batches
-from train.engine import SingleEngine
+from train.engine import Engine
 from train.stream import BatchStream
+from train.world import World
 
 FORMS = ("sparse", "readable")
 FIRST_STEPS = 100
@@ -54,10 +56,11 @@ def main(settings: TrainSettings) -> None:
         print(f"  {form}: held out {values}")
 
 
-def _engine(settings: TrainSettings, form: str, pairs: ActivationPairs) -> SingleEngine:
+def _engine(settings: TrainSettings, form: str, pairs: ActivationPairs) -> Engine:
     settings = deepcopy(settings)
     settings.training.step = form
-    return SingleEngine(settings, pairs.models, pairs.d_model, pairs.activation_mean, pairs.activation_scale)
+    world = World.alone(choose_device(settings.training.device, "training.device"))
+    return Engine(settings, pairs.models, pairs.d_model, pairs.activation_mean, pairs.activation_scale, world)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,18 @@ import gc
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.timing import machine, ratio
+from extract.devices import choose_device
 from train.config import CrosscoderConfig, TrainingConfig, TrainSettings
 from train.encoder import encoder_chunks
-from train.engine import SingleEngine
-from train.losses import readable_forward, training_losses
-from train.sparse import Prepared, sparse_forward
+from train.engine import Engine
+from train.pieces import Piece, SavedState, TrainingState
+from train.world import World
 
 
 class Shape(NamedTuple):
@@ -56,48 +56,51 @@ class Subject:
     """One crosscoder and one batch, as both forms of the step see them."""
 
     def __init__(self, shape: Shape, step: str):
-        self.shape = shape
         config = CrosscoderConfig(num_latents=shape.num_latents, k=shape.k)
         training = TrainingConfig(num_tokens_per_step=shape.num_tokens, step=step, precision=shape.precision)
         mean, scale = torch.zeros(2, shape.d_model), torch.ones(2)
         settings = TrainSettings(
             pairs={"pair": ["base", "tuned"]}, hookpoint="block20", crosscoder=config, training=training
         )
-        self.engine = SingleEngine(settings, ["base", "tuned"], shape.d_model, mean, scale)
+        self.device = choose_device("auto", "training.device")
+        self.engine = Engine(settings, ["base", "tuned"], shape.d_model, mean, scale, World.alone(self.device))
         generator = torch.Generator().manual_seed(0)
         self.x_BMD = torch.randn(shape.num_tokens, 2, shape.d_model, generator=generator).to(self.device)
         self.engine.initialise(self.x_BMD)
-        self._dead_L = torch.arange(shape.num_latents, device=self.device) < shape.num_dead
-        self._clock = torch.where(self._dead_L, config.dead_after_tokens, 0)
-        precision = torch.bfloat16 if shape.precision == "bf16" else torch.float32
-        self._arguments = self.engine.crosscoder, self.x_BMD, shape.k * shape.num_tokens, self._dead_L
-        if step == "readable":
-            self._forward = partial(readable_forward, *self._arguments, precision)
-        else:
-            self.operands = self.engine._operands
-            prepared = Prepared(self.operands, self._dead_L.nonzero().squeeze(1), self.engine._buffers)
-            self._forward = partial(sparse_forward, *self._arguments, prepared)
+        dead_L = torch.arange(shape.num_latents, device=self.device) < shape.num_dead
+        self._num_dead, self._counters = shape.num_dead, _counters(torch.where(dead_L, config.dead_after_tokens, 0))
+        self.engine._clocks.load(self._counters)
 
-    @property
-    def device(self) -> torch.device:
-        return self.engine.crosscoder.W_enc.device
-
-    def gradients(self) -> list[Tensor | None]:
-        """Forward, selection, losses, backward."""
-        if self.engine._buffers is None:
-            self.engine.crosscoder.zero_grad()
-        training_losses(self.engine.crosscoder.config, self.x_BMD, self._forward()).total.backward()
-        return [weight.grad for weight in self.engine.crosscoder.parameters()]
+    def gradients(self) -> list[Tensor]:
+        """Selection, forward, losses, backward."""
+        self._kill()
+        batches = self.engine._batches(self.x_BMD, None)
+        with self.engine._placement.whole() as operands:
+            self.engine._differentiate(operands, batches, measured=False)
+        return [weight.grad for weight in self.engine.crosscoder.parameters() if weight.grad is not None]
 
     def step(self) -> None:
         """All of a step that is not logged; where any are dead, the same latents are in each."""
-        if self.shape.num_dead:
-            self.engine._clocks.load(self._clock, None)
+        self._kill()
         self.engine.step(self.x_BMD, measured=False)
 
+    def _kill(self) -> None:
+        if self._num_dead:
+            self.engine._clocks.load(self._counters)
+
     def encode(self) -> None:
-        for _ in encoder_chunks(self.x_BMD.flatten(1), self.operands):
-            pass
+        with self.engine._placement.whole() as operands:
+            for _ in encoder_chunks(self.x_BMD.flatten(1), operands):
+                pass
+
+
+def _counters(silent_tokens_L: Tensor) -> SavedState:
+    """The state of counters that tell which latents are dead."""
+    tensors = {
+        "silent_tokens": Piece.whole(silent_tokens_L),
+        "auxk_candidates": Piece.whole(torch.zeros_like(silent_tokens_L, dtype=torch.uint8)),
+    }
+    return SavedState.of([TrainingState(tensors, {"threshold": None, "auxk_tokens": 0, "auxk_any": False})])
 
 
 def main() -> None:
@@ -118,11 +121,9 @@ def compare(shape: Shape) -> None:
     whole, product, times = ratio(sparse.gradients, sparse.encode)
     print(f"  encoder product alone {product:.3f} s, {1 / times:.0%} of the sparse step's {whole:.3f} s")
     pairs = zip(readable.gradients(), sparse.gradients(), strict=True)
-    difference = max(((a - b).norm() / a.norm()).item() for a, b in pairs if a is not None and b is not None)
+    difference = max(((a - b).norm() / a.norm()).item() for a, b in pairs)
     print(f"  gradients differ by {difference:.1e} of their norm at most")
-    held = sum(
-        buffer.nbytes for buffer in sparse.engine._buffers[:4]
-    )  # between steps: the readable form makes them anew
+    held = sum(gradient.nbytes for gradient in sparse.gradients())  # between steps: the readable form makes them anew
     peaks = [peak_bytes(subject.gradients, subject.device) / 2**20 for subject in (readable, sparse)]
     print(
         f"  at most allocated in a step: readable {peaks[0]:.0f} MiB, sparse {peaks[1] + held / 2**20:.0f} MiB "

@@ -60,17 +60,24 @@ ENTRIES = {"models.NAME": ModelConfig, "corpus.sources.NUMBER": SourceConfig}
 Settings = TypeVar("Settings", bound=ExtractSettings)
 
 
-def run(settings_class: type[Settings], function: Callable[[Settings], None]) -> None:
+def run(
+    settings_class: type[Settings],
+    function: Callable[[Settings], None],
+    speaks: Callable[[Exception], bool] = lambda error: True,
+) -> None:
     """Compose the settings from the command line, check them, call `function` with them.
 
     Exits with 2 and one line on standard error for input that a user can mend (BadInput, no space left), with 130 and
-    one line when interrupted, with Hydra's status else.
+    one line when interrupted, with Hydra's status else. Of several processes with one command line, that which `speaks`
+    says what is wrong with it.
     """
     with one_line_interrupts():
-        _run(settings_class, function)
+        _run(settings_class, function, speaks)
 
 
-def _run(settings_class: type[Settings], function: Callable[[Settings], None]) -> None:
+def _run(
+    settings_class: type[Settings], function: Callable[[Settings], None], speaks: Callable[[Exception], bool]
+) -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(settings_class))
         sys.exit()
@@ -81,7 +88,7 @@ def _run(settings_class: type[Settings], function: Callable[[Settings], None]) -
             for overrides in _members(sys.argv[1:]):  # the same compositions as below, for errors of one line
                 compose(settings_class, overrides)
     except BadInput as error:
-        sys.exit(_report(error))
+        sys.exit(_report(error) if speaks(error) else EXIT_BAD_INPUT)
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
     def entry(config: DictConfig) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train.candidates import Candidates, Chunk, Growing
+from train.candidates import Candidates, Chunk, Entries, Growing
 from train.radix import AllReduce
 from train.slots import Slots
 from train.usable import usable_kernels
@@ -35,8 +35,8 @@ class Selected(NamedTuple):
     """A selection with its codes (S,) and scores (S,) = code * scale, in the wider dtype of the two.
 
     With fixed sizes S is the number asked for: free slots follow the chosen entries, with code and score 0 and the last
-    token and latent of the whole matrix. `finite` is a bool tensor (): False when a score that was seen is nan or
-    infinite, and the selection means nothing.
+    token and latent that there are on this rank. `finite` is a bool tensor (): False when a score that was seen is nan
+    or infinite, and the selection means nothing.
     """
 
     selection: Selection
@@ -69,6 +69,9 @@ class TopScores:
 
     The order is total: score descending, then token, then latent. On a CPU the memory is that of a few times
     `num_selected` entries; on a GPU it grows with the largest piece as well, and no call waits for the device.
+
+    Where ranks hold parts of the matrix, each counts its own rows and columns from 0, in `add` and in the result;
+    `token_B` and `first_latent` tell where they lie in the whole matrix, by which ties are broken.
     """
 
     def __init__(
@@ -79,13 +82,21 @@ class TopScores:
         device: torch.device,
         all_reduce: AllReduce | None = None,
         fixed_size: bool | None = None,
+        token_B: Tensor | None = None,
+        first_latent: int = 0,
     ):
         """`num_tokens` and `num_latents` are those of the whole matrix, of all ranks together.
 
         `all_reduce` sums a small int64 tensor over ranks in place; every rank calls it equally often. `fixed_size`
         tells whether shapes must not depend on values; by default they do on a CPU and do not elsewhere.
+
+        `token_B` (int64, on the device) has the number of each of this rank's rows among those of the whole matrix:
+        distinct, below `num_tokens`, in any order. None: row i has number i. `first_latent` is the number of this
+        rank's first column. A rank without rows is one with an empty `token_B`.
         """
         self._num_latents, self._all_reduce = num_latents, all_reduce
+        self._token_B = None if token_B is None else token_B.contiguous()
+        self._first_latent, self._num_columns = first_latent, 0
         self._fixed_size = device.type != "cpu" if fixed_size is None else fixed_size
         self._sizes = num_selected, num_tokens, num_latents
         self._candidates: Candidates | None = None
@@ -97,14 +108,16 @@ class TopScores:
 
         `pre_BC`, of any floating dtype, may be overwritten afterwards; negative codes are never chosen.
         """
-        chunk = Chunk(pre_BC, scale_C, first_token, first_latent)
+        token_B = None if self._token_B is None else self._token_B[first_token : first_token + len(pre_BC)]
+        chunk = Chunk(pre_BC, scale_C, first_token, self._first_latent + first_latent, token_B)
+        self._num_columns = max(self._num_columns, first_latent + pre_BC.shape[1])
         if self._candidates is None:
             self._candidates = (_slots_for(chunk) if self._fixed_size else Growing)(*self._sizes)
         self._finite &= self._candidates.add(chunk)
 
     @torch.no_grad()
     def finish(self) -> Selected:
-        """What was chosen, of this rank's pieces; tokens and latents are numbered as in the whole matrix.
+        """What was chosen of this rank's pieces.
 
         Raises FloatingPointError on a CPU, on all ranks, when a score was not finite; elsewhere `finite` says so.
         """
@@ -117,8 +130,24 @@ class TopScores:
             finite = num_bad_1[0] == 0
         if not self._fixed_size:
             _require(finite)
-        selection = Selection(entries.position // self._num_latents, entries.position % self._num_latents)
-        return Selected(selection, entries.code, entries.score, finite)
+        return self._selected(entries, finite)
+
+    def _selected(self, entries: Entries, finite: Tensor) -> Selected:
+        """Entries, sorted by position in the whole matrix, by this rank's own rows and columns."""
+        token_S, latent_S = entries.position // self._num_latents, entries.position % self._num_latents
+        if self._num_columns < self._num_latents:  # free slots lie at the last position of the whole matrix
+            latent_S = (latent_S - self._first_latent).clamp(max=self._num_columns - 1)
+        if self._token_B is None:
+            return Selected(Selection(token_S, latent_S), entries.code, entries.score, finite)
+        row_S = _row_of(self._token_B, self._sizes[1])[token_S]
+        row_S = torch.where(entries.score > 0, row_S, len(self._token_B) - 1)
+        row_S, order_S = row_S.sort(stable=True)  # latents ascend within a token, and free slots stay the last
+        return Selected(Selection(row_S, latent_S[order_S]), entries.code[order_S], entries.score[order_S], finite)
+
+
+def _row_of(token_B: Tensor, num_tokens: int) -> Tensor:
+    """The row (num_tokens,) that each token number has on this rank; 0 for those of other ranks."""
+    return token_B.new_zeros(num_tokens).scatter_(0, token_B, torch.arange(len(token_B), device=token_B.device))
 
 
 def _slots_for(chunk: Chunk) -> type[Candidates]:

@@ -38,12 +38,16 @@ class Entries(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A rectangle of the matrix of scores: codes (B, C), a scale >= 0 for each latent, and where its corner lies."""
+    """A rectangle of the matrix of scores: codes (B, C), a scale >= 0 for each latent, and where its corner lies.
+
+    Its rows are the tokens numbered `token_B` or, where that is None, those from `first_token` on.
+    """
 
     pre_BC: Tensor
     scale_C: Tensor
     first_token: int
     first_latent: int
+    token_B: Tensor | None = None
 
     @property
     def score_dtype(self) -> torch.dtype:
@@ -56,7 +60,8 @@ class Chunk(NamedTuple):
         column_N = flat_N - row_N * self.pre_BC.shape[1]
         scale_N = self.scale_C[column_N]
         code_N = self.pre_BC.take(flat_N).to(self.score_dtype)
-        position_N = (row_N + self.first_token) * num_latents + column_N + self.first_latent
+        token_N = row_N + self.first_token if self.token_B is None else self.token_B[row_N]
+        position_N = token_N * num_latents + column_N + self.first_latent
         return Entries(code_N * scale_N, code_N, position_N)
 
 

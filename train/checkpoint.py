@@ -1,81 +1,98 @@
-"""Checkpoints: the whole training state, published as one folder, the last few kept.
+"""Checkpoints: the whole training state, published as one folder by all ranks, read by any others.
 
-    <folder>/step-00001000/state.safetensors    weights, Adam's moments, counters
-    <folder>/step-00001000/state.json           steps, threshold, settings and data it belongs to; size and sha256 of
-                                                the tensors
+    <folder>/step-00001000/state-00002-of-00008.safetensors    rank 2's rows of weights, Adam's moments, counters
+    <folder>/step-00001000/state.json                          size and sha256 of each file, which rows of which tensor
+                                                               it holds; steps, threshold; settings and data that the
+                                                               state belongs to; and its own sha256
 
-Resuming from one equals never having stopped, bit for bit, on the same CPU and versions (a GPU sums some gradients in
-any order).
+Tensors keep their names whatever the engine, and rows are counted in the whole tensor: a run continues on another
+number of ranks and with another engine. Resuming on the same ranks, CPU and versions equals never having stopped, bit
+for bit (a GPU sums some gradients in any order).
+
+Not torch.distributed.checkpoint (as of torch 2.13): its table of contents, plain values and what ranks tell each other
+to plan a save are pickles. Its writer of safetensors keeps no table of contents between ranks and no plain values, so
+that nothing tells whether all files are there. Neither hashes anything, and both write into the folder's final place.
+Partitions of flattened weights, as ZeRO cuts them, are not among the shapes that it puts together.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
 import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import safe_open
 
 from extract.errors import BadInput
-from train.engine import TrainingState
-from train.folder import publishing_folder, sha256_of
+from train.folder import sha256_of
+from train.pieces import Extent, SavedState, TrainingState, covering
+from train.saving import CONTENTS_FILE, Saving, Words, is_sealed
+from train.world import World
 
-FORMAT_VERSION = 2
-TENSORS_FILE, VALUES_FILE = "state.safetensors", "state.json"
-ENTRIES = {"values", "identity", "bytes", "sha256"}
-PUBLISHED = re.compile(r"step-\d{8,}")
+FORMAT_VERSION = 3
+PUBLISHED = re.compile(r"step-(\d{8,})")
 log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run. `identity` is what a resumed run must share: result settings, hashes of the data."""
+    """The checkpoints of one run. `identity` is what a resumed run must share: result settings, hashes of the data.
 
-    def __init__(self, folder: Path, keep: int, identity: dict[str, Any]):
-        self.folder, self._keep = folder, keep
+    The `keep` newest are kept, and those after a multiple of `keep_every` steps (0 = no others) for ever. Made by all
+    ranks of `world` together, as `save`, `load`, `wait` and `close` are called.
+    """
+
+    def __init__(self, folder: Path, keep: int, identity: dict[str, Any], world: World, keep_every: int = 0):
+        self.folder, self._keep, self._keep_every, self._world = folder, keep, keep_every, world
         self.identity = json.loads(json.dumps(identity))
+        self._name, self._numbers = world.from_main(uuid.uuid4().hex), itertools.count()
+        self._saving: Saving | None = None
 
     def save(self, state: TrainingState) -> None:
-        """Publish `state`, then remove the oldest beyond `keep`.
+        """Copy `state` and publish it while training goes on; then remove what is not kept any more.
 
-        OSError, with all complete checkpoints intact, where the disk refuses.
+        First waits for the save before this one. OSError, on all ranks, where that failed on any of them: complete
+        checkpoints are as they were.
         """
+        self.wait()
         path = self.folder / f"step-{state.values['steps_done']:08d}"
-        with publishing_folder(path) as partial:
-            tensors = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
-            save_file(tensors, partial / TENSORS_FILE)
-            values = {
-                "format_version": FORMAT_VERSION,
-                "values": state.values,
-                "identity": self.identity,
-                "bytes": (partial / TENSORS_FILE).stat().st_size,
-                "sha256": sha256_of(partial / TENSORS_FILE),
-            }
-            (partial / VALUES_FILE).write_text(json.dumps(values, indent=1) + "\n")
-        so_far = [other for other in self._complete() if other.name <= path.name]  # a later one is damaged: see `load`
-        for old in so_far[: -self._keep]:
-            shutil.rmtree(old)
+        about = {"format_version": FORMAT_VERSION, "values": state.values, "identity": self.identity}
+        self._saving = Saving(path, state, about, self._words(), lambda: self._remove_old(path))
 
-    def load(self) -> TrainingState | None:
+    def wait(self) -> None:
+        """Until the last save is published. OSError, on all ranks, where it failed on any of them."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with self._world.doing("waiting for the last checkpoint"):
+                saving.finish()
+
+    def close(self) -> None:
+        self.wait()
+
+    def load(self) -> SavedState | None:
         """The newest intact checkpoint, or None where none was ever published; damaged ones are named in the log.
 
-        BadInput when the newest belongs to other settings or data, naming what differs, and when none is intact.
+        Each rank hashes its share of the files. BadInput, on all ranks, when the newest belongs to other settings or
+        data, naming what differs, and when none is intact.
         """
-        complete = self._complete()
-        for path in reversed(complete):
-            values = self._values(path)
-            try:
-                tensors = _intact_tensors(path, values)
-            except (OSError, ValueError, SafetensorError) as error:
-                log.warning("Ignoring the damaged checkpoint %s: %s", path, error)
-                continue
-            log.info("Resuming from %s", path)
-            return TrainingState(tensors, values["values"])
-        if any(PUBLISHED.fullmatch(path.name) for path in self.folder.glob("step-*")):
+        self.wait()
+        found = self._world.from_main(self._found() if self._world.is_main else None)
+        for path in (self.folder / name for name in reversed(found["complete"])):
+            contents = self._world.from_main(_contents(path) if self._world.is_main else None)
+            self.check(path, contents["identity"])
+            damage = self._damage(path, contents["files"])
+            if not damage:
+                if self._world.is_main:
+                    log.info("Resuming from %s", path)
+                return opened(path, contents)
+            if self._world.is_main:
+                log.warning("Ignoring the damaged checkpoint %s: %s", path, damage)
+        if found["published"]:
             raise BadInput(
                 f"No checkpoint in {self.folder} is intact (what is wrong with each is said above), so the run cannot "
                 f"be continued. Restore one, or delete {self.folder} to train from the start."
@@ -84,8 +101,8 @@ class Checkpoints:
 
     def check_newest(self) -> None:
         """BadInput when the newest complete checkpoint, if there is one, belongs to other settings or data."""
-        for path in self._complete()[-1:]:
-            self._values(path)
+        for name in self._found()["complete"][-1:]:
+            self.check(self.folder / name, _contents(self.folder / name)["identity"])
 
     def check(self, path: Path, saved: dict[str, Any]) -> None:
         """BadInput, naming what differs, when `saved`, the identity of what lies at `path`, is not that of this run."""
@@ -98,43 +115,106 @@ class Checkpoints:
                 f"Restore them to continue, or delete {self.folder.parent} to start over."
             )
 
-    def _values(self, path: Path) -> dict[str, Any]:
-        """What stands beside the tensors of a complete checkpoint of this run; BadInput for one of another."""
-        values = json.loads((path / VALUES_FILE).read_text())
-        self.check(path, values["identity"])
-        return values
+    def _words(self) -> Words:
+        return Words(self._world, f"{self._name}/{next(self._numbers)}")
 
-    def _complete(self) -> list[Path]:
-        """Folders of complete checkpoints, oldest first; others are named in the log and left alone."""
-        found = []
-        for path in sorted(self.folder.glob("step-*")):
+    def _found(self) -> dict[str, Any]:
+        """Names of `complete` checkpoints, oldest first, and whether any was `published`. Others are left alone, and
+        named in the log.
+        """
+        complete = []
+        for path in sorted(self.folder.glob("step-*"), key=_step_of):
             problem = _problem(path)
             if problem:
                 log.warning("Ignoring the incomplete checkpoint %s: %s", path, problem)
             else:
-                found.append(path)
-        return found
+                complete.append(path.name)
+        return {"complete": complete, "published": any(_step_of(path) >= 0 for path in self.folder.glob("step-*"))}
+
+    def _damage(self, path: Path, files: dict[str, Any]) -> str:
+        """What is wrong with the files of a checkpoint, as any rank found; "" where nothing is."""
+        words = self._words()
+        words.say("damage", "; ".join(_damages(path, files, words.rank, words.num_ranks)))
+        return "; ".join(found for found in words.hear_all("damage") if found)
+
+    def _remove_old(self, newest: Path) -> None:
+        """Of complete checkpoints those that are not kept, but no later ones: they are damaged, see `load`. And what
+        killed processes left unfinished. What cannot be removed stays, and is named in the log.
+        """
+        try:
+            for path in self._not_kept(newest):
+                shutil.rmtree(path)
+        except OSError as error:
+            log.warning("%s is saved, but what it makes superfluous could not be removed: %s", newest, error)
+
+    def _not_kept(self, newest: Path) -> Iterator[Path]:
+        for path in self.folder.glob("step-*.partial"):
+            yield path
+        so_far = (path for path in self.folder.glob("step-*") if 0 <= _step_of(path) <= _step_of(newest))
+        complete = [path for path in sorted(so_far, key=_step_of, reverse=True) if _problem(path) is None]
+        for path in complete[self._keep :]:
+            if not self._keep_every or _step_of(path) % self._keep_every:
+                yield path
 
 
-def _intact_tensors(path: Path, values: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint; ValueError when they are not what was saved."""
-    if sha256_of(path / TENSORS_FILE) != values["sha256"]:
-        raise ValueError(f"the sha256 of {TENSORS_FILE} is not the one in {VALUES_FILE}")
-    return load_file(path / TENSORS_FILE)
+def opened(path: Path, contents: dict[str, Any]) -> SavedState:
+    """The state in the files of a checkpoint, of which nothing but the headers is read yet."""
+    files = {name: safe_open(path / name, framework="pt") for name in contents["files"]}
+    extents = {
+        name: [Extent(part["first"], part["stop"], files[part["file"]].get_slice(name)) for part in tensor["parts"]]
+        for name, tensor in contents["tensors"].items()
+    }
+    num_rows = {name: tensor["shape"][0] for name, tensor in contents["tensors"].items()}
+    return SavedState(
+        {name: covering(name, num_rows[name], parts) for name, parts in extents.items()}, contents["values"]
+    )
+
+
+def _step_of(path: Path) -> int:
+    """Steps done at a published checkpoint; -1 where the folder is none."""
+    match = PUBLISHED.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def _contents(path: Path) -> dict[str, Any]:
+    return json.loads((path / CONTENTS_FILE).read_text())
 
 
 def _problem(path: Path) -> str | None:
     """What keeps a folder from being a complete checkpoint."""
-    if not PUBLISHED.fullmatch(path.name):
+    if _step_of(path) < 0:
         return "it was not published"
     try:
-        values = json.loads((path / VALUES_FILE).read_text())
-        size = (path / TENSORS_FILE).stat().st_size
-        version, missing = values.get("format_version"), sorted(ENTRIES - values.keys())
+        contents = _contents(path)
+        version = contents.get("format_version")
     except (OSError, ValueError, AttributeError) as error:
-        return f"unreadable ({error})"
+        return f"{CONTENTS_FILE} is unreadable ({error})"
     if version != FORMAT_VERSION:
         return f"format version {version}, this release reads {FORMAT_VERSION}"
-    if missing:
-        return f"{VALUES_FILE} lacks {', '.join(missing)}"
-    return None if size == values["bytes"] else f"{TENSORS_FILE} has {size} bytes instead of {values['bytes']}"
+    if not is_sealed(contents):
+        return f"{CONTENTS_FILE} was altered: its sha256 is another"
+    return next(_wrong_sizes(path, contents["files"]), None)
+
+
+def _wrong_sizes(path: Path, files: dict[str, Any]) -> Iterator[str]:
+    for name, file in files.items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError as error:
+            yield f"{name} is unreadable ({error})"
+        else:
+            if size != file["bytes"]:
+                yield f"{name} has {size} bytes instead of {file['bytes']}"
+
+
+def _damages(path: Path, files: dict[str, Any], rank: int, num_ranks: int) -> Iterator[str]:
+    """What this rank finds: it looks whether it sees all files as they should be, and reads its share of them."""
+    yield from (wrong := list(_wrong_sizes(path, files)))
+    if wrong:
+        return
+    for name in list(files)[rank::num_ranks]:
+        try:
+            if sha256_of(path / name) != files[name]["sha256"]:
+                yield f"the sha256 of {name} is not the one in {CONTENTS_FILE}"
+        except OSError as error:
+            yield f"{name} is unreadable ({error})"

@@ -5,12 +5,12 @@ A dataclass field is a setting, its comment is its documentation, its default is
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from extract.config import ExtractSettings
 from extract.errors import BadInput
+from train.checks import choice, multiple, not_negative, positive, share
+from train.zero_config import deepspeed_config
 
 
 @dataclass
@@ -47,16 +47,14 @@ class CrosscoderConfig:
 
     def check(self) -> None:
         """Checks that concern this section alone."""
-        _positive("crosscoder", num_latents=self.num_latents, k=self.k, dead_after_tokens=self.dead_after_tokens)
-        _not_negative(
-            "crosscoder", auxk_alpha=self.auxk_alpha, delta_weight=self.delta_weight, dedicated=self.dedicated
-        )
-        _not_negative("crosscoder", threshold_start_step=self.threshold_start_step)
-        _choice("crosscoder.code_normalization", self.code_normalization, ("crosscoder", "sae", "none"))
-        _choice("crosscoder.loss", self.loss, ("norm", "squared"))
-        _choice("crosscoder.init", self.init, ("same", "random", "data"))
-        _choice("crosscoder.activation_scaling", self.activation_scaling, ("norm", "none", "mean_variance"))
-        _share("crosscoder.threshold_decay", self.threshold_decay)
+        positive("crosscoder", num_latents=self.num_latents, k=self.k, dead_after_tokens=self.dead_after_tokens)
+        not_negative("crosscoder", auxk_alpha=self.auxk_alpha, delta_weight=self.delta_weight, dedicated=self.dedicated)
+        not_negative("crosscoder", threshold_start_step=self.threshold_start_step)
+        choice("crosscoder.code_normalization", self.code_normalization, ("crosscoder", "sae", "none"))
+        choice("crosscoder.loss", self.loss, ("norm", "squared"))
+        choice("crosscoder.init", self.init, ("same", "random", "data"))
+        choice("crosscoder.activation_scaling", self.activation_scaling, ("norm", "none", "mean_variance"))
+        share("crosscoder.threshold_decay", self.threshold_decay)
         if self.k > self.num_latents:
             raise BadInput(
                 f"crosscoder.k={self.k} exceeds crosscoder.num_latents={self.num_latents}. "
@@ -70,8 +68,11 @@ class TrainingConfig:
 
     # Tokens to train on, whole epochs or not; the last step is a full one.
     num_tokens: int = 200_000_000
-    # Tokens of one step over all ranks.
+    # Tokens of one step over all ranks; a multiple of the number of ranks.
     num_tokens_per_step: int = 2048
+    # Parts in which each rank differentiates its tokens of a step, one after another: less memory, the same result. A
+    # divisor of num_tokens_per_step over the number of ranks.
+    num_micro_steps: int = 1
     # Peak learning rate of Adam.
     lr: float = 1e-4
     # Steps over which the learning rate rises linearly from zero.
@@ -93,6 +94,8 @@ class TrainingConfig:
     checkpoint_every: int = 1000
     # Newest checkpoints to keep.
     keep_checkpoints: int = 2
+    # Checkpoints of every so many steps are kept besides, for good; 0 = none.
+    keep_every: int = 0
     # Steps between lines of metrics.jsonl.
     log_every: int = 10
     # Steps between passes over held-out tokens; 0 = only at the end.
@@ -104,21 +107,24 @@ class TrainingConfig:
 
     def check(self) -> None:
         """Checks that concern this section alone."""
-        _positive("training", num_tokens=self.num_tokens, num_tokens_per_step=self.num_tokens_per_step, lr=self.lr)
-        _positive(
+        positive("training", num_tokens=self.num_tokens, num_tokens_per_step=self.num_tokens_per_step, lr=self.lr)
+        positive(
             "training",
             max_grad_norm=self.max_grad_norm,
+            num_micro_steps=self.num_micro_steps,
             keep_checkpoints=self.keep_checkpoints,
             log_every=self.log_every,
         )
-        _not_negative("training", warmup_steps=self.warmup_steps, decay_fraction=self.decay_fraction)
-        _not_negative("training", checkpoint_every=self.checkpoint_every, validate_every=self.validate_every)
-        _choice("training.step", self.step, ("readable", "sparse"))
-        _choice("training.precision", self.precision, ("fp32", "bf16"))
+        not_negative("training", warmup_steps=self.warmup_steps, decay_fraction=self.decay_fraction)
+        not_negative("training", checkpoint_every=self.checkpoint_every, keep_every=self.keep_every)
+        not_negative("training", validate_every=self.validate_every)
+        choice("training.step", self.step, ("readable", "sparse"))
+        choice("training.precision", self.precision, ("fp32", "bf16"))
+        multiple("training.num_tokens_per_step", self.num_tokens_per_step, self.num_micro_steps, "num_micro_steps")
         if len(self.adam_betas) != 2:
             raise BadInput(f"training.adam_betas={self.adam_betas} must be two numbers, such as [0.9,0.999].")
         for beta in self.adam_betas:
-            _share("training.adam_betas", beta)
+            share("training.adam_betas", beta)
         if self.decay_fraction > 1:
             raise BadInput(
                 f"training.decay_fraction={self.decay_fraction} is a share of the run: give a number from 0 to 1."
@@ -150,31 +156,73 @@ class DataConfig:
     num_threads: int = 4
     # With mode=online: tokens, in evenly spaced shards, that statistics and the norm of outliers come from.
     calibration_tokens: int = 1_000_000
-    # With mode=online: memory that activations may take, in 10^9 bytes; null = what the host has.
+    # With mode=online: memory that the activations of a rank may take, in 10^9 bytes; null = its part of what the host
+    # has.
     memory_gb: float | None = None
 
     def check(self) -> None:
         """Checks that concern this section alone."""
-        _choice("data.mode", self.mode, ("stored", "online"))
-        _positive("data", calibration_tokens=self.calibration_tokens)
+        choice("data.mode", self.mode, ("stored", "online"))
+        positive("data", calibration_tokens=self.calibration_tokens)
         if self.memory_gb is not None:
-            _positive("data", memory_gb=self.memory_gb)
-        _share("data.heldout_fraction", self.heldout_fraction)
+            positive("data", memory_gb=self.memory_gb)
+        share("data.heldout_fraction", self.heldout_fraction)
         if self.max_validation_tokens is not None:
-            _positive("data", max_validation_tokens=self.max_validation_tokens)
-        _positive("data", num_lanes=self.num_lanes, shuffle_window=self.shuffle_window, num_threads=self.num_threads)
+            positive("data", max_validation_tokens=self.max_validation_tokens)
+        positive("data", num_lanes=self.num_lanes, shuffle_window=self.shuffle_window, num_threads=self.num_threads)
 
 
 @dataclass
 class EngineConfig:
-    """Who computes a step."""
+    """Who computes a step, and where weights, gradients and Adam's moments lie. No engine changes the result."""
 
-    # single: one process.
+    # single: one process. fsdp: PyTorch's fully_shard divides weights and moments over ranks. deepspeed: ZeRO divides
+    # them. latent: each rank has the weights and moments of a part of the latents.
     name: str = "single"
+    # fsdp and latent: consecutive ranks that hold the weights once among them, for example the GPUs of a node; others
+    # hold copies and share the tokens. A divisor of the number of ranks; null = all of them.
+    ranks_per_copy: int | None = None
+    # deepspeed: what is divided over ranks: 1 Adam's moments, 2 summed gradients too, 3 weights too, but in a step.
+    # Every rank has whole gradients of its own tokens, so 1 and 2 need the same memory, and only 3 needs less.
+    zero_stage: int = 2
+    # deepspeed: whether Adam and its moments are kept in the host's memory.
+    offload_optimizer: bool = False
+    # deepspeed: a file with settings of DeepSpeed's own; those that are decided here are refused.
+    deepspeed_json: str | None = None
+    # Seconds that ranks wait for each other before all of them end.
+    timeout_s: float = 600.0
 
     def check(self) -> None:
         """Checks that concern this section alone."""
-        _choice("engine", self.name, ("single",))
+        choice("engine", self.name, ("single", "fsdp", "deepspeed", "latent"))
+        positive("engine", timeout_s=self.timeout_s)
+        if self.ranks_per_copy is not None:
+            positive("engine", ranks_per_copy=self.ranks_per_copy)
+        if self.zero_stage not in (1, 2, 3):
+            raise BadInput(f"engine.zero_stage={self.zero_stage} is not one of 1, 2, 3.")
+        self._check_ranks_per_copy()
+        self._check_deepspeed()
+
+    def _check_ranks_per_copy(self) -> None:
+        if self.ranks_per_copy is not None and self.name not in ("fsdp", "latent"):
+            reason = "runs in one process" if self.name == "single" else "divides over all ranks"
+            raise BadInput(
+                f"engine.ranks_per_copy={self.ranks_per_copy} with engine={self.name}, which {reason}. Leave it "
+                "out, or choose engine=fsdp or engine=latent."
+            )
+
+    def _check_deepspeed(self) -> None:
+        if self.name == "deepspeed":
+            deepspeed_config(self.zero_stage, self.offload_optimizer, self.deepspeed_json)
+            return
+        default = EngineConfig()
+        for name in ("zero_stage", "offload_optimizer", "deepspeed_json"):
+            value = getattr(self, name)
+            if value != getattr(default, name):
+                raise BadInput(
+                    f"engine.{name}={value} is a setting of DeepSpeed, and engine={self.name} does not use it. "
+                    "Leave it out, or choose engine=deepspeed."
+                )
 
 
 @dataclass
@@ -192,7 +240,7 @@ class TrackingConfig:
 
     def check(self) -> None:
         """Checks that concern this section alone."""
-        _choice("tracking.mode", self.mode, ("online", "offline", "disabled"))
+        choice("tracking.mode", self.mode, ("online", "offline", "disabled"))
 
 
 @dataclass
@@ -225,37 +273,14 @@ class TrainSettings(ExtractSettings):
 
     def _check_dedicated(self) -> None:
         num_models = max([len(members) for members in self.pairs.values()], default=2)
-        share = self.crosscoder.dedicated
-        if share * num_models > 1:
+        each = self.crosscoder.dedicated
+        if each * num_models > 1:
             raise BadInput(
-                f"crosscoder.dedicated={share} for each of {num_models} models asks for more latents than there are. "
+                f"crosscoder.dedicated={each} for each of {num_models} models asks for more latents than there are. "
                 f"Give at most {1 / num_models:g}."
             )
-        if share > 0 and int(share * self.crosscoder.num_latents) == 0:
+        if each > 0 and int(each * self.crosscoder.num_latents) == 0:
             raise BadInput(
-                f"crosscoder.dedicated={share} of crosscoder.num_latents={self.crosscoder.num_latents} is less than "
+                f"crosscoder.dedicated={each} of crosscoder.num_latents={self.crosscoder.num_latents} is less than "
                 f"one latent. Give at least {1 / self.crosscoder.num_latents:g}, or 0."
             )
-
-
-def _positive(section: str, **values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise BadInput(f"{section}.{name}={value} must be greater than 0.")
-
-
-def _not_negative(section: str, **values: float) -> None:
-    for name, value in values.items():
-        if not value >= 0:
-            raise BadInput(f"{section}.{name}={value} must not be negative.")
-
-
-def _share(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise BadInput(f"{name}={value} must be at least 0 and less than 1.")
-
-
-def _choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
-        raise BadInput(f"{name}={value} is not one of {', '.join(choices)}. Did you mean {nearest}?")

@@ -34,7 +34,11 @@ WEIGHTS_FILE, CONFIG_FILE = "crosscoder.safetensors", "config.json"
 class Crosscoder(nn.Module):
     """Weights and the plain maths on them. New weights are zero; see `train.initialisation`.
 
+    Where ranks divide the latents, each has a crosscoder of its own part: L and `num_latents` are then those of the
+    part, and reconstructions lack what other parts add; `config.num_latents` is that of the whole.
+
     Attributes:
+        latents: the numbers of the L latents it holds among all, a contiguous part of them or, for `save`, all.
         W_enc, W_dec: (L, M*D); b_enc: (L,); b_dec: (M*D,), all in the space of scaled activations.
         activation_mean: (M, D), activation_scale: (M,); scaled = (raw - activation_mean) * activation_scale.
         dedicated_owner: (L,) int8; -1 = any model, else the index of the only model that may own the latent.
@@ -49,19 +53,27 @@ class Crosscoder(nn.Module):
     dedicated_owner: Tensor
     _foreign_rows_R: Tensor
 
-    def __init__(self, config: CrosscoderConfig, models: Sequence[str], d_model: int, hookpoint: str):
+    def __init__(
+        self,
+        config: CrosscoderConfig,
+        models: Sequence[str],
+        d_model: int,
+        hookpoint: str,
+        latents: range | None = None,
+    ):
         super().__init__()
         self.config, self.models, self.d_model, self.hookpoint = config, list(models), d_model, hookpoint
+        self.latents = range(config.num_latents) if latents is None else latents
         self.threshold: float | None = None
         self.trained_with: dict[str, Any] = {}
         num_models, width = len(self.models), len(self.models) * d_model
-        self.W_enc = nn.Parameter(torch.zeros(config.num_latents, width))
-        self.b_enc = nn.Parameter(torch.zeros(config.num_latents))
-        self.W_dec = nn.Parameter(torch.zeros(config.num_latents, width))
+        self.W_enc = nn.Parameter(torch.zeros(self.num_latents, width))
+        self.b_enc = nn.Parameter(torch.zeros(self.num_latents))
+        self.W_dec = nn.Parameter(torch.zeros(self.num_latents, width))
         self.b_dec = nn.Parameter(torch.zeros(width))
         self.register_buffer("activation_mean", torch.zeros(num_models, d_model))
         self.register_buffer("activation_scale", torch.ones(num_models))
-        self.register_buffer("dedicated_owner", _owners(config, num_models))
+        self.register_buffer("dedicated_owner", _owners(config, num_models)[self.latents.start : self.latents.stop])
         # Rows of the weights seen as (L * M, D); held ready, for a GPU would have to wait for a mask's count.
         self.register_buffer("_foreign_rows_R", self.foreign_rows().flatten().nonzero().squeeze(1), persistent=False)
 
@@ -71,7 +83,7 @@ class Crosscoder(nn.Module):
 
     @property
     def num_latents(self) -> int:
-        return self.config.num_latents
+        return len(self.latents)
 
     def scale(self, x_BMD: Tensor) -> Tensor:
         """Raw activations to the space that the weights live in: (x - activation_mean) * activation_scale."""
@@ -90,9 +102,9 @@ class Crosscoder(nn.Module):
 
         `norms_LM` are the decoder norms, where the caller has them at hand.
         """
-        if self.config.code_normalization == "none":
-            return torch.ones_like(self.b_enc, requires_grad=False)
         norms_LM = self.decoder_norms() if norms_LM is None else norms_LM
+        if self.config.code_normalization == "none":
+            return norms_LM.new_ones(len(norms_LM))
         return norms_LM.sum(1) if self.config.code_normalization == "crosscoder" else norms_LM.norm(dim=1)
 
     def pre_activations(self, x_BMD: Tensor) -> Tensor:
@@ -133,6 +145,7 @@ class Crosscoder(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write `crosscoder.safetensors` and `config.json` as `folder`, which appears whole or not at all."""
+        assert self.num_latents == self.config.num_latents, "A part of a crosscoder is not saved by itself."
         config = {
             "format_version": FORMAT_VERSION,
             "models": self.models,

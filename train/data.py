@@ -212,10 +212,16 @@ def gather(data: TrainingData, rows_B: np.ndarray) -> Tensor:
     return decode(buffer).view(len(rows_B), len(data.models), data.d_model)
 
 
-def heldout_batches(data: TrainingData, num_tokens: int, max_tokens: int | None) -> Iterator[Tensor]:
-    """Raw held-out activations in batches of `num_tokens`; the last may be smaller."""
+def heldout_batches(
+    data: TrainingData, num_tokens: int, max_tokens: int | None, part: int = 0, num_parts: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Part `part` of `num_parts` of raw held-out activations in batches of `num_tokens`, and the tokens' numbers in
+    their batch, (b,) int64; the last batch may be smaller, and a part of it empty.
+    """
     rows = data.heldout_rows(max_tokens)
-    return (gather(data, rows[start : start + num_tokens]) for start in range(0, len(rows), num_tokens))
+    for start in range(0, len(rows), num_tokens):
+        own = np.arange(part, min(num_tokens, len(rows) - start), num_parts)
+        yield gather(data, rows[start + own]), torch.from_numpy(own)
 
 
 def content_of(tokens: TokenStore, cache: Path) -> list[str]:

@@ -11,6 +11,7 @@ Shapes: B tokens, M models, D width, W = M * D, L latents, C latents of a chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,31 +22,56 @@ from train.crosscoder import Crosscoder
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 
+@dataclass
 class Operands:
-    """The weights as the products of a step read them, and s (L,); to be refreshed whenever the weights change.
+    """The weights of a rank's latents as the products of a step read them, and s (L,), which ranks codes.
 
-    Where a product is computed in another dtype than the master weights have, its operand is a copy of them; where not,
-    it is the weight itself.
+    W_enc, b_enc and W_dec have the dtype that their product is computed in; b_dec and s that of the master weights.
     """
 
-    norms_LM: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
     scale_L: Tensor
+
+    @classmethod
+    def of(cls, crosscoder: Crosscoder) -> Operands:
+        """The master weights themselves, as they are now."""
+        W_enc, b_enc = crosscoder.W_enc.detach(), crosscoder.b_enc.detach()
+        W_dec, b_dec = crosscoder.W_dec.detach(), crosscoder.b_dec.detach()
+        return cls(W_enc, b_enc, W_dec, b_dec, crosscoder.latent_scale())
+
+
+class Copies:
+    """The operands of weights that lie here as plain tensors; to be refreshed whenever the weights change.
+
+    Where a product is computed in another dtype than the master weights have, its operand is a copy of them; where not,
+    it is the weight itself. `norms_LM` are the decoder norms, which s is made of.
+    """
 
     def __init__(
         self, crosscoder: Crosscoder, encoder_dtype: torch.dtype | None = None, decoder_dtype: torch.dtype | None = None
     ):
         self._crosscoder = crosscoder
-        self.W_enc = _operand(crosscoder.W_enc, encoder_dtype)
-        self.b_enc = _operand(crosscoder.b_enc, encoder_dtype)
-        self.W_dec = _operand(crosscoder.W_dec, decoder_dtype)
+        self.norms_LM = crosscoder.W_dec.detach().new_empty(crosscoder.num_latents, crosscoder.num_models)
+        self.operands = Operands(
+            _operand(crosscoder.W_enc, encoder_dtype),
+            _operand(crosscoder.b_enc, encoder_dtype),
+            _operand(crosscoder.W_dec, decoder_dtype),
+            crosscoder.b_dec.detach(),
+            torch.empty_like(crosscoder.b_enc.detach()),
+        )
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Read all of the weights again."""
-        crosscoder = self._crosscoder
-        self.norms_LM = crosscoder.decoder_norms()
-        for weight, operand in ((crosscoder.W_enc, self.W_enc), (crosscoder.W_dec, self.W_dec)):
+        self.norms_LM.copy_(self._crosscoder.decoder_norms())
+        for weight, operand in (
+            (self._crosscoder.W_enc, self.operands.W_enc),
+            (self._crosscoder.W_dec, self.operands.W_dec),
+        ):
             if operand.dtype != weight.dtype:
                 operand.copy_(weight)
         self.refresh_small()
@@ -53,9 +79,9 @@ class Operands:
     @torch.no_grad()
     def refresh_small(self) -> None:
         """Read again what is small: all but the copies of W_enc and W_dec and the decoder norms."""
-        self.scale_L = self._crosscoder.latent_scale(self.norms_LM)
-        if self.b_enc.dtype != self._crosscoder.b_enc.dtype:
-            self.b_enc.copy_(self._crosscoder.b_enc)
+        self.operands.scale_L = self._crosscoder.latent_scale(self.norms_LM)
+        if self.operands.b_enc.dtype != self._crosscoder.b_enc.dtype:
+            self.operands.b_enc.copy_(self._crosscoder.b_enc)
 
 
 def _operand(weight: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -1,74 +1,44 @@
-"""Who computes a step: the protocol, and one process, the reference that every other engine must equal.
+"""A training run's state and its step, for any number of ranks; what engines differ in is a `train.placement`.
 
 "Batch" is the batch of all ranks: k * B codes survive in it, its smallest selected code feeds the threshold, its tokens
-advance the counters of silent latents, and its gradient has one norm. Shapes: B tokens, M models, D width, L latents.
+advance the counters of silent latents, and its gradient has one norm. Every method is called by all ranks in the same
+order, and what it decides is the same on all.
+
+Shapes: B tokens of the batch, b of this rank, M models, D width, L latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from extract.devices import choose_device
 from extract.errors import BadInput
 from train.clocks import Clocks, NotFinite
 from train.config import TrainingConfig, TrainSettings
 from train.crosscoder import Crosscoder
 from train.encoder import CHUNK_BYTES, Operands
-from train.initialisation import initialise
-from train.losses import Forward, readable_forward, training_losses
-from train.metrics import step_metrics, validation_metrics
-from train.optimiser import ClippedAdam
-from train.products import Gradients, kernels_for
+from train.forms import Form, ReadableForm, SparseForm, Task
+from train.metrics import Batch, validation_metrics
+from train.micro_batches import MicroBatches
+from train.pieces import Piece, SavedState, TrainingState
+from train.placement import Placement, Share, Space
 from train.runs import hookpoint_of
-from train.sparse import Prepared, sparse_forward
+from train.single import PRECISIONS, one_process
+from train.step import Outcome, Step, differentiate
+from train.world import World
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass
-class TrainingState:
-    """Everything that the next step depends on: tensors by name, and plain values that JSON holds exactly."""
-
-    tensors: dict[str, Tensor]
-    values: dict[str, Any]
+# What of the crosscoder is neither trained nor a setting.
+SCALING = ("activation_mean", "activation_scale")
 
 
-class Engine(Protocol):
-    """What the trainer asks of an engine. Batches are raw activations (B, M, D), on any device."""
-
-    steps_done: int
-
-    def initialise(self, x_BMD: Tensor) -> None:
-        """Draw the initial weights, from the seed and the first batch."""
-
-    def step(self, x_BMD: Tensor, measured: bool = True) -> dict[str, float]:
-        """One update; its metrics if `measured`, which changes nothing else.
-
-        FloatingPointError when score, loss or gradient is not finite: nothing of that step, nor of any after it, is
-        kept, and `steps_done` is its number. On a GPU that is noticed when next a step is measured, or in `state`.
-        """
-
-    def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Validation metrics; changes nothing."""
-
-    def state(self) -> TrainingState:
-        """The whole training state, to be saved before the next step."""
-
-    def load_state(self, state: TrainingState) -> None:
-        """Continue from a saved state."""
-
-    def save_crosscoder(self, folder: Path, trained_with: dict[str, Any]) -> None:
-        """Publish the weights for analysis, with the settings and data that led to them."""
-
-
-class SingleEngine:
-    """One process, on one device. On a GPU only measured steps make the host wait for it."""
+class Engine:
+    """Trains one crosscoder. Batches are raw activations (b, M, D) of this rank, on any device, and `token_b` (b,) the
+    numbers of its tokens in the batch; None for one rank. On a GPU only measured steps make the host wait for it.
+    """
 
     def __init__(
         self,
@@ -77,89 +47,117 @@ class SingleEngine:
         d_model: int,
         activation_mean: Tensor,
         activation_scale: Tensor,
+        world: World,
     ):
-        self._training, self._seed = settings.training, settings.seed
-        self._device = _supported_device(settings.training.device)
-        self.crosscoder = Crosscoder(settings.crosscoder, models, d_model, hookpoint_of(settings))
-        self.crosscoder.activation_mean.copy_(activation_mean)
-        self.crosscoder.activation_scale.copy_(activation_scale)
-        self.crosscoder.to(self._device)
-        self._precision = PRECISIONS[settings.training.precision]
-        self._operands = _operands(self.crosscoder, settings.training)
-        first, second = settings.training.adam_betas
-        self._adam = ClippedAdam(self.crosscoder, self._operands, (first, second), settings.training.max_grad_norm)
-        self._clocks = Clocks(settings.crosscoder, self._device)
-        self._buffers = _gradient_buffers(self.crosscoder) if self._training.step == "sparse" else None
+        self._training, self._seed, self._device = settings.training, settings.seed, _supported(world.device)
+        space = Space(models, d_model, hookpoint_of(settings), activation_mean, activation_scale)
+        self._placement = ENGINES[settings.engine.name](settings, space, world)
+        num_latents = self.crosscoder.num_latents
+        self._clocks = Clocks(settings.crosscoder, num_latents, self.share, self._device)
         self._deferred = self._device.type == "cuda"
         self.steps_done = 0
 
-    def initialise(self, x_BMD: Tensor) -> None:
-        initialise(self.crosscoder, self._scaled(x_BMD), self._seed)
-        self._operands.refresh()
+    @property
+    def crosscoder(self) -> Crosscoder:
+        """Of this rank's latents; its weights are those of `Placement.crosscoder`."""
+        return self._placement.crosscoder
 
-    def step(self, x_BMD: Tensor, measured: bool = True) -> dict[str, float]:
-        x_BMD = self._scaled(x_BMD)
-        dead_L = self._clocks.dead()
-        forward = self._forward(x_BMD, dead_L)
-        losses = training_losses(self.crosscoder.config, x_BMD, forward)
-        losses.total.backward()
-        gradients = [weight.grad for weight in self.crosscoder.parameters() if weight.grad is not None]
-        self.crosscoder.zero_foreign_rows(*(gradient for gradient in gradients if gradient.ndim == 2))
-        grad_norm = torch.nn.utils.get_total_norm(gradients)
-        failed = self._clocks.judge(self.steps_done, losses.total, grad_norm, forward.finite)
+    @property
+    def share(self) -> Share:
+        return self._placement.share
+
+    def initialise(self, x_bMD: Tensor, token_b: Tensor | None = None) -> None:
+        """Draw the initial weights, from the seed and the first batch."""
+        everyone = self.share.everyone
+        x_BMD = everyone.gather(x_bMD.to(self._device), "the first batch")
+        if token_b is not None:
+            x_BMD = x_BMD[everyone.gather(token_b.to(self._device), "numbers of tokens").argsort()]
+        self._placement.initialise(self.crosscoder.scale(x_BMD), self._seed)
+
+    def step(self, x_bMD: Tensor, measured: bool = True, token_b: Tensor | None = None) -> dict[str, float]:
+        """One update; its metrics, the same on all ranks, if `measured`, which changes nothing else.
+
+        FloatingPointError, on all ranks, when score, loss or gradient is not finite: nothing of that step, nor of any
+        after it, is kept, and `steps_done` is its number. On a GPU that is noticed when next a step is measured, or in
+        `state`.
+        """
+        batches = self._batches(x_bMD, token_b)
+        with self._placement.whole() as operands:
+            outcome = self._differentiate(operands, batches, measured)
+        grad_norm = self._placement.reduce()
+        failed = self._clocks.judge(self.steps_done, outcome.losses_4[0], grad_norm, outcome.selected.finite)
         if measured or not self._deferred:
             self._raise_if_failed()
         learning_rate = self._training.lr * learning_rate_factor(self._training, self.steps_done)
-        self._adam.step(self.steps_done + 1, learning_rate, grad_norm, failed)
-        self._clocks.advance(forward, len(x_BMD), self.steps_done, failed)
+        self._placement.update(self.steps_done + 1, learning_rate, grad_norm, failed)
+        selection, score_S = outcome.selected.selection, outcome.selected.score_S
+        self._clocks.advance(selection.latent, score_S, batches.num_tokens, self.steps_done, failed)
         self.steps_done += 1
         if not measured:
             return {}
         self.crosscoder.threshold = self._clocks.threshold
         return {
-            **step_metrics(self.crosscoder, x_BMD, forward, losses),
-            "train/dead": int(dead_L.sum()),
+            **outcome.metrics(self.crosscoder.models, batches.num_tokens),
+            **({} if self.crosscoder.threshold is None else {"train/threshold": self.crosscoder.threshold}),
             "train/grad_norm": grad_norm.item(),
             "train/lr": learning_rate,
         }
 
-    def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Validation metrics, the same on all ranks; changes nothing. Each batch is (activations, numbers of tokens),
+        divided among the ranks of `share.tokens`; all ranks get equally many, maybe empty ones.
+        """
         self.crosscoder.threshold = self._clocks.threshold
-        return validation_metrics(self.crosscoder, batches)
+        with self._placement.whole(exact=True) as operands:
+            return validation_metrics(self.crosscoder, batches, operands, self.share)
 
     def state(self) -> TrainingState:
+        """This rank's part of the training state, to be copied before the next step."""
         self._raise_if_failed()
-        tensors = {f"crosscoder.{name}": tensor for name, tensor in self.crosscoder.state_dict().items()}
-        tensors |= {f"adam.{name}": tensor for name, tensor in self._adam.state().items()}
-        tensors["silent_tokens"] = self._clocks.silent_tokens_L
-        return TrainingState(tensors, {"steps_done": self.steps_done, "threshold": self._clocks.threshold})
+        pieces = self._placement.pieces() | self._clocks.pieces()
+        if self.share.everyone.rank == 0:
+            pieces |= {f"crosscoder.{name}": Piece.whole(getattr(self.crosscoder, name)) for name in SCALING}
+        return TrainingState(pieces, {"steps_done": self.steps_done, **self._clocks.values()})
 
-    def load_state(self, state: TrainingState) -> None:
-        self.crosscoder.load_state_dict(_below("crosscoder.", state.tensors))
-        self._operands.refresh()
-        self._adam.load_state(_below("adam.", state.tensors))
-        self._clocks.load(state.tensors["silent_tokens"], state.values["threshold"])
-        self.steps_done, self.crosscoder.threshold = state.values["steps_done"], state.values["threshold"]
+    def load_state(self, saved: SavedState) -> None:
+        """Continue from a saved state, whatever engine and however many ranks it is from."""
+        for name in SCALING:
+            getattr(self.crosscoder, name).copy_(saved.rows(f"crosscoder.{name}"))
+        self._placement.load(saved)
+        self._clocks.load(saved)
+        self.steps_done, self.crosscoder.threshold = saved.values["steps_done"], self._clocks.threshold
 
     def save_crosscoder(self, folder: Path, trained_with: dict[str, Any]) -> None:
-        self.crosscoder.threshold, self.crosscoder.trained_with = self._clocks.threshold, trained_with
-        self.crosscoder.save(folder)
+        """Publish the weights for analysis, with the settings and data that led to them; rank 0 writes."""
+        crosscoder = self._placement.whole_crosscoder()
+        if crosscoder is not None:
+            crosscoder.threshold, crosscoder.trained_with = self._clocks.threshold, trained_with
+            crosscoder.save(folder)
 
-    def _scaled(self, x_BMD: Tensor) -> Tensor:
-        if not x_BMD.is_floating_point():
-            raise BadInput(
-                f"Activations are {x_BMD.dtype}, and an engine takes floating numbers: decode coded activations first."
-            )
-        return self.crosscoder.scale(x_BMD.to(self._device, non_blocking=True))
+    def _batches(self, x_bMD: Tensor, token_b: Tensor | None) -> MicroBatches:
+        x_bMD = x_bMD.to(self._device, non_blocking=True)
+        token_b = None if token_b is None else token_b.to(self._device, non_blocking=True)
+        return MicroBatches(self.crosscoder, self.share, x_bMD, token_b, self._training.num_micro_steps)
 
-    def _forward(self, x_BMD: Tensor, dead_L: Tensor) -> Forward:
-        num_selected = self.crosscoder.config.k * len(x_BMD)
+    def _differentiate(self, operands: Operands, batches: MicroBatches, measured: bool) -> Outcome:
+        candidate_Z = None
+        if self.crosscoder.config.auxk_alpha > 0:
+            candidate_Z = self._clocks.candidates(batches.num_tokens, exact=not self._deferred)
+        task = Task(
+            self.crosscoder,
+            operands,
+            self.share,
+            batches,
+            self.crosscoder.config.k * batches.num_tokens,
+            self._clocks.dead(),
+            self._clocks.any_dead(),
+            candidate_Z,
+            fixed_size=self._deferred,
+        )
+        form: Form = SparseForm(task, self._placement.gradients)
         if self._training.step == "readable":
-            self.crosscoder.zero_grad()
-            return readable_forward(self.crosscoder, x_BMD, num_selected, dead_L, self._precision)
-        candidate_Z = self._clocks.dead_soon(len(x_BMD)) if self._deferred else None
-        prepared = Prepared(self._operands, candidate_Z, self._buffers, self._deferred)
-        return sparse_forward(self.crosscoder, x_BMD, num_selected, dead_L, prepared)
+            form = ReadableForm(task, PRECISIONS[self._training.precision])
+        return differentiate(self._placement, Step(task, form, measured), len(batches))
 
     def _raise_if_failed(self) -> None:
         try:
@@ -169,7 +167,31 @@ class SingleEngine:
             raise
 
 
-ENGINES = {"single": SingleEngine}
+def _fully_sharded(settings: TrainSettings, space: Space, world: World) -> Placement:
+    from train.fsdp import RowWeights
+
+    return RowWeights(settings, space, world)
+
+
+def _zero(settings: TrainSettings, space: Space, world: World) -> Placement:
+    from train.zero import ZeroWeights
+
+    return ZeroWeights(settings, space, world)
+
+
+def _divided_latents(settings: TrainSettings, space: Space, world: World) -> Placement:
+    from train.latent import DividedLatents
+
+    return DividedLatents(settings, space, world)
+
+
+# What makes the placement of each engine; another than one process is imported when it is asked for.
+ENGINES: dict[str, Callable[[TrainSettings, Space, World], Placement]] = {
+    "single": one_process,
+    "fsdp": _fully_sharded,
+    "deepspeed": _zero,
+    "latent": _divided_latents,
+}
 
 
 def learning_rate_factor(config: TrainingConfig, step: int) -> float:
@@ -182,29 +204,7 @@ def learning_rate_factor(config: TrainingConfig, step: int) -> float:
     return warmup * decay
 
 
-def _supported_device(name: str) -> torch.device:
-    device = choose_device(name, "training.device")
+def _supported(device: torch.device) -> torch.device:
     if device.type not in CHUNK_BYTES:
-        raise BadInput(f"training.device={name} is not supported: training runs on {' or '.join(CHUNK_BYTES)}.")
+        raise BadInput(f"training.device={device} is not supported: training runs on {' or '.join(CHUNK_BYTES)}.")
     return device
-
-
-def _operands(crosscoder: Crosscoder, training: TrainingConfig) -> Operands:
-    """What the fast step reads. Without kernels, narrow operands of the sparse products would gain nothing."""
-    if training.step == "readable":
-        return Operands(crosscoder)
-    precision = PRECISIONS[training.precision]
-    return Operands(crosscoder, precision, precision if kernels_for(crosscoder.W_dec) else None)
-
-
-def _gradient_buffers(crosscoder: Crosscoder) -> Gradients:
-    """The .grad of all weights, made once: fresh memory for each step costs a CPU more than what is written to it."""
-    weights = crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec, crosscoder.b_dec
-    buffers = Gradients.like(*weights)
-    for weight, gradient in zip(weights, buffers[:4], strict=True):
-        weight.grad = gradient
-    return buffers
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -24,16 +24,34 @@ def publishing_folder(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        _sync(partial)
-        _replace(partial, folder)
-    except SafetensorError as error:
-        raise _disk_error(error, folder) from error
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from error
+        with disk_errors(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            for path in [*sorted(partial.iterdir()), partial]:
+                sync(path)
+            _replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Gives errors of the operating system the path that they are about, also those that safetensors met."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise _disk_error(error, path) from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:
@@ -49,15 +67,6 @@ def _replace(partial: Path, folder: Path) -> None:
         rename(folder, replaced)
     rename(partial, folder)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    for path in [*sorted(folder.iterdir()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _disk_error(error: SafetensorError, folder: Path) -> OSError:

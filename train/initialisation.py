@@ -9,33 +9,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from train.config import CrosscoderConfig
 from train.crosscoder import Crosscoder
 
 
 @torch.no_grad()
 def initialise(crosscoder: Crosscoder, x_BMD: Tensor, seed: int) -> None:
-    """Set all weights of `crosscoder` in place. `x_BMD` is the first global batch, scaled.
+    """Set all weights of `crosscoder`, maybe of a part of the latents. `x_BMD` is the first global batch, scaled.
 
     config.init: "same" draws one direction per latent for all models, "random" one per model, "data" takes centred
-    tokens. Random numbers are drawn on the CPU from `seed` alone, so that every device starts equal.
+    tokens. Random numbers are drawn on the CPU from `seed` alone, so that every device, and every rank, starts equal.
     """
-    generator = torch.Generator().manual_seed(seed)
-    directions_LMD = _directions(crosscoder, x_BMD, generator)
-    rows_LW = torch.nn.functional.normalize(directions_LMD, dim=2).flatten(1)
+    rows_LW = initial_rows(crosscoder.config, x_BMD, seed, crosscoder.latents)
     crosscoder.W_enc.copy_(rows_LW)
     crosscoder.W_dec.copy_(rows_LW)
     crosscoder.b_enc.zero_()
-    crosscoder.b_dec.copy_(torch.cat([geometric_median(x_BMD[:, m]) for m in range(crosscoder.num_models)]))
+    crosscoder.b_dec.copy_(geometric_medians(x_BMD))
     crosscoder.zero_foreign_rows(crosscoder.W_enc, crosscoder.W_dec)
 
 
-def _directions(crosscoder: Crosscoder, x_BMD: Tensor, generator: torch.Generator) -> Tensor:
-    shape = (crosscoder.num_latents, crosscoder.num_models, crosscoder.d_model)
-    if crosscoder.config.init == "data":
-        return _data_directions(x_BMD.cpu(), crosscoder.num_latents, generator)
-    if crosscoder.config.init == "random":
-        return torch.randn(shape, generator=generator)
-    return torch.randn(shape[0], 1, shape[2], generator=generator).expand(shape)
+def initial_rows(config: CrosscoderConfig, x_BMD: Tensor, seed: int, latents: range) -> Tensor:
+    """What W_enc and W_dec start from, (l, W) for a contiguous part of the latents, on the CPU; dedicated latents still
+    have rows of all models.
+
+    The rows of all L latents are drawn whatever the part, so that they do not depend on how latents are divided: each
+    rank spends, once, the time of one process, and 4 L D bytes on its CPU ("random": M times, "data": 3 M times that).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions_LMD = _directions(config, x_BMD, generator)[latents.start : latents.stop]
+    return torch.nn.functional.normalize(directions_LMD, dim=2).flatten(1)
+
+
+def geometric_medians(x_BMD: Tensor) -> Tensor:
+    """What b_dec starts from, (W,), float64."""
+    return torch.cat([geometric_median(x_BMD[:, m]) for m in range(x_BMD.shape[1])])
+
+
+def _directions(config: CrosscoderConfig, x_BMD: Tensor, generator: torch.Generator) -> Tensor:
+    num_latents, (_, num_models, d_model) = config.num_latents, x_BMD.shape
+    if config.init == "data":
+        return _data_directions(x_BMD.cpu(), num_latents, generator)
+    if config.init == "random":
+        return torch.randn(num_latents, num_models, d_model, generator=generator)
+    return torch.randn(num_latents, 1, d_model, generator=generator).expand(-1, num_models, -1)
 
 
 def _data_directions(x_BMD: Tensor, num_latents: int, generator: torch.Generator) -> Tensor:

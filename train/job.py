@@ -25,6 +25,8 @@ class Job:
     num_dead: int = 0
     # Whether the loss has a delta term.
     has_delta: bool = False
+    # Parts of a rank's tokens that are differentiated one after another.
+    num_micro_steps: int = 1
     # readable or sparse; fp32 or bf16 products.
     step: str = "sparse"
     precision: str = "fp32"
@@ -59,40 +61,64 @@ class Job:
 
 @dataclass(frozen=True)
 class Layout:
-    """An engine on a number of GPUs. `zero_stage` belongs to deepspeed."""
+    """An engine on a number of ranks."""
 
     engine: str
     num_ranks: int = 1
+    # Of deepspeed: the stage of ZeRO, and whether Adam's moments lie in the host's memory.
     zero_stage: int = 0
+    offload_optimizer: bool = False
+    # Of fsdp and latent: ranks that have all weights among them; None = all ranks.
+    ranks_per_copy: int | None = None
 
     @property
     def label(self) -> str:
-        return f"ZeRO-{self.zero_stage}" if self.engine == "deepspeed" else self.engine
+        if self.engine == "deepspeed":
+            return f"ZeRO-{self.zero_stage}" + ("+cpu" if self.offload_optimizer else "")
+        return self.engine if self.num_copies == 1 else f"{self.engine}/{self.ranks_per_copy}"
+
+    @property
+    def setting(self) -> str:
+        """How a command line asks for it."""
+        stage = f" engine.zero_stage={self.zero_stage}" if self.engine == "deepspeed" else ""
+        offload = " engine.offload_optimizer=true" if self.offload_optimizer else ""
+        copies = f" engine.ranks_per_copy={self.ranks_per_copy}" if self.num_copies > 1 else ""
+        return f"engine={self.engine}{stage}{offload}{copies}"
+
+    @property
+    def copy_ranks(self) -> int:
+        """Ranks among which what is divided is divided."""
+        return self.ranks_per_copy or self.num_ranks
+
+    @property
+    def num_copies(self) -> int:
+        return self.num_ranks // self.copy_ranks
 
     @property
     def token_ranks(self) -> int:
-        """Ranks among which the tokens of a step are divided; in `latent` every rank encodes all of them."""
-        return 1 if self.engine == "latent" else self.num_ranks
+        """Ranks, or groups of them, among which the tokens of a step are divided: in `latent` the ranks of a group
+        encode the tokens of all of them.
+        """
+        return self.num_copies if self.engine == "latent" else self.num_ranks
 
     @property
     def latent_ranks(self) -> int:
         """Ranks among which the latents are divided."""
-        return self.num_ranks if self.engine == "latent" else 1
+        return self.copy_ranks if self.engine == "latent" else 1
 
     @property
-    def weight_ranks(self) -> int:
-        """Ranks among which the float32 weights that Adam writes are divided."""
-        return 1 if self.engine == "single" else self.num_ranks
-
-    @property
-    def gathers_weights(self) -> bool:
-        """Whether weights are divided at rest and gathered for the products."""
-        return self.engine == "fsdp" or self.zero_stage == 3
+    def update_ranks(self) -> int:
+        """Ranks among which Adam's update is divided."""
+        return self.copy_ranks
 
 
-def layouts(num_gpus: int) -> list[Layout]:
-    """What `num_gpus` allow: one process, and, from two on, the engines that divide the work."""
+def layouts(num_gpus: int, ranks_per_copy: int | None = None, offload_optimizer: bool = False) -> list[Layout]:
+    """What `num_gpus` allow: one process and, from two on, the engines that divide the work; fsdp and latent over all
+    ranks and, if that is asked for, with a copy of the weights on every `ranks_per_copy` ranks.
+    """
     if num_gpus == 1:
         return [Layout("single")]
-    stages = [Layout("deepspeed", num_gpus, stage) for stage in (1, 2, 3)]
-    return [Layout("single"), Layout("fsdp", num_gpus), *stages, Layout("latent", num_gpus)]
+    copies = [None] if ranks_per_copy in (None, num_gpus) else [None, ranks_per_copy]
+    fsdp, latent = ([Layout(name, num_gpus, ranks_per_copy=n) for n in copies] for name in ("fsdp", "latent"))
+    stages = [Layout("deepspeed", num_gpus, stage, offload_optimizer) for stage in (1, 2, 3)]
+    return [Layout("single"), *fsdp, *stages, *latent]

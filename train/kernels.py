@@ -77,17 +77,18 @@ def adam_rows(
     betas: tuple[float, float],
     epsilon: float,
     copy_LW: Tensor,
-    norms_LM: Tensor,
+    norms_LM: Tensor | None = None,
 ) -> None:
-    """One update of Adam in place, and from the new rows `copy_LW` in its dtype and `norms_LM`, the norms per model.
+    """One update of Adam in place, and from the new rows `copy_LW` in its dtype and, if wanted, `norms_LM`, the norms
+    per model.
 
     `rates_4` on the device: lr / (1 - b1^t), 1 / sqrt(1 - b2^t), the factor of the gradient, and 1 if nothing may
     change. `copy_LW` may be the weight itself.
     """
-    num_latents, num_models = norms_LM.shape
+    num_models = 1 if norms_LM is None else norms_LM.shape[1]
     d_model = weight_LW.shape[1] // num_models
     block = block_size(d_model)
-    _adam_rows[num_latents, num_models](
+    _adam_rows[len(weight_LW), num_models](
         weight_LW,
         gradient_LW,
         first_LW,
@@ -238,4 +239,5 @@ def _adam_rows(
             tl.store(second_ptr + place, second, mask=inside)
             tl.store(copy_ptr + place, weight, mask=inside)
             squares += weight * weight
-        tl.store(norms_ptr + latent_model, tl.sqrt(tl.sum(squares, 0)))
+        if norms_ptr is not None:
+            tl.store(norms_ptr + latent_model, tl.sqrt(tl.sum(squares, 0)))

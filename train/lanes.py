@@ -14,8 +14,9 @@ So an epoch is a permutation of all tokens, a batch mixes the windows of all lan
 windows at a time. Windows have `shuffle_window` tokens; their borders differ from lane to lane, so that the lanes reach
 new windows one after another, not all in the same step.
 
-Nothing here depends on the number of ranks: rank r of W takes the entries i with i mod W = r, which are whole lanes
-where W divides num_lanes, and its share of any batch is exact where W divides the batch.
+The order does not depend on the number of ranks. Rank r of W takes the entries i of the run with i mod W = r: where W
+divides num_lanes these are whole lanes in every epoch (others in each, unless W divides T), and its share of any batch
+is exact where W divides the batch.
 """
 
 from __future__ import annotations
@@ -50,11 +51,15 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Lanes:
-    """Entries of the run to places in the segments of lanes."""
+    """Entries of the run to places in the segments of lanes; those of rank `rank` of `num_ranks`, which divides
+    `num_lanes`.
+    """
 
     num_tokens: int
     num_lanes: int
     shuffle_window: int
+    rank: int = 0
+    num_ranks: int = 1
 
     def start(self, lane: int) -> int:
         """The first place of a lane's segment."""
@@ -64,12 +69,20 @@ class Lanes:
         """The number of places in a lane's segment, the same in every epoch."""
         return self.start(lane + 1) - self.start(lane)
 
+    def rank_of(self, epoch: int, lane: int) -> int:
+        """The rank that reads a lane in an epoch."""
+        return (epoch * self.num_tokens + lane) % self.num_ranks
+
+    def own(self, epoch: int) -> range:
+        """The lanes of this rank in an epoch."""
+        return range((self.rank - epoch * self.num_tokens) % self.num_ranks, self.num_lanes, self.num_ranks)
+
     def stretches(self, start: int, stop: int) -> Iterator[Stretch]:
-        """What entries [start, stop) of the run take of each lane, epoch by epoch, lane by lane."""
+        """What entries [start, stop) of the run take of each lane of this rank, epoch by epoch, lane by lane."""
         while start < stop:
             epoch, first = divmod(start, self.num_tokens)
             last = min(self.num_tokens, first + stop - start)
-            for lane in range(self.num_lanes):
+            for lane in self.own(epoch):
                 stretch = Stretch(epoch, lane, self._before(lane, first), self._before(lane, last))
                 if len(stretch):
                     yield stretch
@@ -87,10 +100,25 @@ class Lanes:
         return epoch * self.num_tokens + place * self.num_lanes + lane
 
     def next_window(self, window: Stretch) -> Stretch:
-        """The window that a lane reads after `window`, at the end of its segment the first of the next epoch."""
+        """The window that a rank reads after `window` of a lane: at the end of the segment the first of the next epoch,
+        of the lane or, where others are the rank's then, of one beside it.
+        """
         if window.stop < self.size(window.lane):
             return self.window(window.epoch, window.lane, window.stop)
-        return self.window(window.epoch + 1, window.lane, 0)
+        return self.window(window.epoch + 1, self._beside(window.lane, -self.num_tokens), 0)
+
+    def window_before(self, window: Stretch) -> Stretch | None:
+        """The window of which `window` is the next; None for the first ones of a run."""
+        if window.first:
+            return self.window(window.epoch, window.lane, window.first - 1)
+        if window.epoch == 0:
+            return None
+        lane = self._beside(window.lane, self.num_tokens)
+        return self.window(window.epoch - 1, lane, self.size(lane) - 1)
+
+    def _beside(self, lane: int, steps: int) -> int:
+        """The lane `steps` further, cyclically among the `num_ranks` that begin with a multiple of that."""
+        return lane // self.num_ranks * self.num_ranks + (lane + steps) % self.num_ranks
 
     def _before(self, lane: int, entry: int) -> int:
         """How many of the entries [0, entry) of an epoch are the lane's."""

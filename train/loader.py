@@ -2,7 +2,7 @@
 
 One thread takes the batches in their order. For each it tells the data what the coming batches need, has what is new
 fetched by `num_threads` others, gathers the rows into a free buffer and, on a GPU, starts the copy and the decoding on
-a stream of its own: the step waits on the GPU, the host never. Shapes: B tokens, M models, D width.
+a stream of its own: the step waits on the GPU, the host never. Shapes: B tokens (of this rank), M models, D width.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +28,18 @@ RING = 3  # buffers: one in the step, one that is ready, one that is filled
 LOOK_S = 0.1  # seconds between looks at what a thread waits for, or at a request to stop
 
 
+class Batch(NamedTuple):
+    """A rank's tokens of a step, their numbers in the batch of all ranks (None where there is one rank), and the
+    seconds that the host waited for them.
+    """
+
+    x_BMD: Tensor
+    token_B: Tensor | None
+    waited: float
+
+
 class Loader:
-    """Iterates over the batches of steps [start, stop): (x_BMD on `device`, seconds that the host waited for it).
+    """Iterates over the batches of steps [start, stop), on `device`.
 
     x_BMD holds raw activations in the stored dtype, float32 where the codec has scales. On a CPU it is a buffer of the
     ring, valid until the next one is asked for. To be used once, in a `with` block, whose end stops all threads and
@@ -66,7 +77,11 @@ class Loader:
                 self._data.expect([])  # again and again: what is under way may ask for more
             threads.shutdown()
 
-    def __iter__(self) -> Iterator[tuple[Tensor, float]]:
+    def is_ready(self) -> bool:
+        """Whether the next batch would come at once, without an error."""
+        return bool(self._pending) and self._pending[0][1].done() and self._pending[0][1].exception() is None
+
+    def __iter__(self) -> Iterator[Batch]:
         steps = iter(self._steps)
         self._pending.extend(self._begin(self._slot(), step) for step in islice(steps, RING))
         while self._pending:
@@ -77,7 +92,8 @@ class Loader:
                     return
             filled.result()
             self._pending.popleft()
-            yield slot.take(), time.perf_counter() - asked
+            x_BMD, token_B = slot.take()
+            yield Batch(x_BMD, token_B, time.perf_counter() - asked)
             self._pending.extend(self._begin(slot, step) for step in islice(steps, 1))
 
     def _slot(self) -> HostSlot | DeviceSlot:
@@ -88,7 +104,7 @@ class Loader:
 
     def _fill(self, slot: HostSlot | DeviceSlot, step: int) -> None:
         self._look_ahead(step)
-        slot.read(self._stream.rows(step))
+        slot.read(self._stream.rows(step), self._stream.numbers(step) if self._stream.num_ranks > 1 else None)
 
     def _look_ahead(self, step: int) -> None:
         """When lanes reach new windows, tell the data what is read from now on, and have what is new fetched."""
@@ -107,43 +123,51 @@ class HostSlot:
     """A batch on a CPU: the buffer itself, or what its codes decode to."""
 
     def __init__(self, stream: BatchStream):
-        self._data, self._raw = stream.data, stream.data.buffer(stream.num_tokens_per_step)
+        self._data, self._raw = stream.data, stream.data.buffer(stream.num_own_tokens)
         self._decoded_ND = None if self._raw.scales_N is None else torch.empty(self._raw.codes_ND.shape)
 
-    def read(self, rows_B: np.ndarray) -> None:
+    def read(self, rows_B: np.ndarray, number_B: np.ndarray | None) -> None:
         self._data.read(rows_B, self._raw)
         self._x_BMD = _by_token(decode(self._raw, self._decoded_ND), self._data)
+        self._token_B = None if number_B is None else torch.from_numpy(number_B)
 
-    def take(self) -> Tensor:
-        return self._x_BMD
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        return self._x_BMD, self._token_B
 
 
 class DeviceSlot:
     """A batch on a GPU: a pinned buffer, the copy of which is decoded there, both on a stream beside the step's."""
 
     def __init__(self, stream: BatchStream, device: torch.device):
-        self._data, self._raw = stream.data, stream.data.buffer(stream.num_tokens_per_step, pinned=True)
+        self._data, self._raw = stream.data, stream.data.buffer(stream.num_own_tokens, pinned=True)
+        self._number_B = torch.empty(stream.num_own_tokens, dtype=torch.int64, pin_memory=True)
         self._device, self._stream = device, torch.cuda.Stream(device)
         self._copied, self._ready = torch.cuda.Event(), torch.cuda.Event()
-        self._x_BMD: Tensor | None = None
+        self._on_device: list[Tensor] = []
 
-    def read(self, rows_B: np.ndarray) -> None:
-        self._copied.synchronize()  # the copy before may still read the buffer
+    def read(self, rows_B: np.ndarray, number_B: np.ndarray | None) -> None:
+        self._copied.synchronize()  # the copy before may still read the buffers
         self._data.read(rows_B, self._raw)
         with torch.cuda.stream(self._stream):
             copied = self._raw.to(self._device)
+            self._on_device = [] if number_B is None else [self._numbers(number_B)]
             self._copied.record()
-            self._x_BMD = _by_token(decode(copied), self._data)
+            self._on_device.insert(0, _by_token(decode(copied), self._data))
             self._ready.record()
 
-    def take(self) -> Tensor:
+    def take(self) -> tuple[Tensor, Tensor | None]:
         """The step's stream waits for the batch, and its memory for the step."""
-        assert self._x_BMD is not None
         step_stream = torch.cuda.current_stream(self._device)
         step_stream.wait_event(self._ready)
-        self._x_BMD.record_stream(step_stream)
-        x_BMD, self._x_BMD = self._x_BMD, None
-        return x_BMD
+        for tensor in self._on_device:
+            tensor.record_stream(step_stream)
+        x_BMD, *token_B = self._on_device
+        self._on_device = []
+        return x_BMD, token_B[0] if token_B else None
+
+    def _numbers(self, number_B: np.ndarray) -> Tensor:
+        self._number_B.copy_(torch.from_numpy(number_B))
+        return self._number_B.to(self._device, non_blocking=True)
 
 
 def _by_token(x_ND: Tensor, data: TrainingData) -> Tensor:

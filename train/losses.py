@@ -1,4 +1,4 @@
-"""The training objective, and the readable form of the step that leads to it.
+"""The training objective, as the sum of shares that ranks and micro-batches compute from their own tokens.
 
     L = recons + auxk_alpha * auxk + delta_weight * delta
     recons = mean over tokens and models of ||x_m - recons_m||_2, with config.loss "squared" of its square
@@ -6,8 +6,11 @@
              where e = x - recons, detached, and e_hat its reconstruction from dead latents, without bias
     delta  = sum over m > 0 of mean_t ||(x_m - x_0) - (recons_m - recons_0)||_2
 
-A norm's gradient at zero is zero. Sources: arXiv 2504.02922, AuxK arXiv 2406.04093, delta arXiv 2603.04426.
-Shapes: B tokens, M models, D width, W = M * D, L latents, S selected codes, Z dead latents.
+Means run over the tokens of the whole batch, and so does the variance that auxk is divided by; shares of tokens then
+add up to the loss, and their gradients to its gradient. A norm's gradient at zero is zero.
+
+Sources: arXiv 2504.02922, AuxK arXiv 2406.04093, delta arXiv 2603.04426.
+Shapes: b tokens of a share, B of the batch, M models, D width.
 """
 
 from __future__ import annotations
@@ -17,27 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from extract.errors import BadInput
-from train.batch_topk import Selection
 from train.config import CrosscoderConfig
-from train.crosscoder import Crosscoder
 
-TOPK_LIMIT = 2**31 - 1  # elements that torch.topk can rank
-
-
-@dataclass
-class Forward:
-    """What both forms of the step compute from a batch: reconstructions with their graph, and what was selected."""
-
-    recons_BMD: Tensor
-    # AuxK's reconstruction of the error (B, M, D); None where it is known that no latent is dead.
-    error_recons_BMD: Tensor | None
-    selection: Selection
-    # Scaled codes pre * s of the selection, (S,), without graph. Entries of score 0 are padding.
-    score_S: Tensor
-    # Whether any latent is dead, and whether every score is finite: bool scalars on the device.
-    any_dead: Tensor
-    finite: Tensor
+# What is left of a variance, relative to the squares, by the rounding of equal float32 errors, or of sums in float64.
+ROUNDING = 2.0**-44
+PIECE_SIZE = 1 << 22  # numbers that are widened to float64 at a time
 
 
 @dataclass
@@ -50,101 +37,71 @@ class Losses:
     delta: Tensor
 
 
-def readable_forward(
-    crosscoder: Crosscoder, x_BMD: Tensor, num_selected: int, dead_L: Tensor, precision: torch.dtype | None = None
-) -> Forward:
-    """The training step in dense autograd, and the reference of every other form.
+class ErrorSums:
+    """sum_t e and sum_t ||e||^2 of the errors (b, M, D) that were added, in float64.
 
-    `x_BMD` is scaled; `num_selected` is k * B of the global batch; `dead_L` masks dead latents; `precision` is the
-    dtype of the products, where it is not that of the weights.
-
-    `train.sparse.sparse_forward` equals it to rounding, gradients and selection included.
-
-    Raises FloatingPointError for scores that are not finite.
+    `values` (M * D + 1,) holds both, so that ranks sum them at once.
     """
-    pre_BL = _linear(x_BMD.flatten(1), crosscoder.W_enc.T, crosscoder.b_enc, precision).relu()
-    score_BL = pre_BL.detach() * crosscoder.latent_scale()
-    selection = largest(score_BL, num_selected)
-    acts_BL = torch.zeros_like(pre_BL).index_put(tuple(selection), pre_BL[selection])
-    recons_BW = _linear(acts_BL, crosscoder.W_dec, crosscoder.b_dec, precision)
-    error_recons_BMD = None
-    if crosscoder.config.auxk_alpha > 0 and dead_L.any():
-        pre_BZ = pre_BL[:, dead_L]
-        aux_BZ = pre_BZ * auxk_mask(pre_BZ.detach() * crosscoder.latent_scale()[dead_L], crosscoder.d_model)
-        error_recons_BMD = _linear(aux_BZ, crosscoder.W_dec[dead_L], None, precision).view_as(x_BMD)
-    score_S = score_BL[selection]
-    finite = torch.ones((), dtype=torch.bool, device=x_BMD.device)
-    return Forward(recons_BW.view_as(x_BMD), error_recons_BMD, selection, score_S, dead_L.any(), finite)
+
+    def __init__(self, width: int, device: torch.device):
+        self.values = torch.zeros(width + 1, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, error_bMD: Tensor) -> ErrorSums:
+        error_bW = error_bMD.flatten(1)
+        for rows_nW in error_bW.split(max(1, PIECE_SIZE // error_bW.shape[1])):
+            wide_nW = rows_nW.double()
+            self.values[:-1] += wide_nW.sum(0)
+            self.values[-1] += torch.dot(wide_nW.flatten(), wide_nW.flatten())
+        return self
+
+    def variance(self, num_tokens: int, dtype: torch.dtype) -> Tensor:
+        """sum_t ||e_t - mean_t e||^2 of `num_tokens` tokens, in `dtype`; 0 where it is below rounding."""
+        variance = self.values[-1] - self.values[:-1].square().sum() / num_tokens
+        floor = (ROUNDING * self.values[-1]).clamp(min=torch.finfo(dtype).tiny)
+        return torch.where(variance > floor, variance, 0.0).to(dtype)
 
 
-def _linear(x_BK: Tensor, weight_KN: Tensor, bias_N: Tensor | None, precision: torch.dtype | None) -> Tensor:
-    """x W + b; with operands and product in `precision`, and the bias added in the dtype of x, if one is given."""
-    if precision is not None and precision != x_BK.dtype:
-        product_BN = (x_BK.to(precision) @ weight_KN.to(precision)).to(x_BK.dtype)
-        return product_BN if bias_N is None else product_BN + bias_N
-    return x_BK @ weight_KN if bias_N is None else torch.addmm(bias_N, x_BK, weight_KN)
+def loss_share(
+    config: CrosscoderConfig,
+    error_bMD: Tensor,
+    num_tokens: int,
+    error_recons_bMD: Tensor | None = None,
+    variance: Tensor | None = None,
+) -> Losses:
+    """What the tokens of `error_bMD` = x - recons add to the objective of a batch of `num_tokens`.
 
-
-def largest(score_BL: Tensor, num_selected: int) -> Selection:
-    """The `num_selected` largest positive scores: those above the cut that torch.topk finds, then those equal to it, in
-    the order of (token, latent). The reference of `train.batch_topk`, which shares nothing with it.
+    `error_recons_bMD` is AuxK's reconstruction of the error and `variance` that of the whole batch's error; without
+    them, or where the variance is 0, auxk is 0.
     """
-    if score_BL.numel() > TOPK_LIMIT:
-        raise BadInput(
-            f"training.step=readable cannot rank {score_BL.shape[0]} tokens x {score_BL.shape[1]} latents: torch.topk "
-            f"takes {TOPK_LIMIT} scores. Use training.step=sparse."
-        )
-    flat = score_BL.flatten()
-    if not flat.isfinite().all():
-        raise FloatingPointError("Scores are not finite: the activations or the weights hold nan or inf.")
-    num_selected = min(num_selected, len(flat))
-    cut = flat.topk(num_selected, sorted=False).values.min().clamp(min=0.0) if num_selected > 0 else flat.new_tensor(0)
-    above = (flat > cut).nonzero().squeeze(1)[:num_selected]
-    equal = ((flat == cut) & (flat > 0)).nonzero().squeeze(1)[: num_selected - len(above)]
-    position_S = torch.cat([above, equal]).sort().values
-    return Selection(position_S // score_BL.shape[1], position_S % score_BL.shape[1])
-
-
-def auxk_mask(score_BZ: Tensor, d_model: int) -> Tensor:
-    """Per token, 1 for the min(D // 2, Z) dead latents with the largest scaled codes, 0 for the others."""
-    num_chosen = min(d_model // 2, score_BZ.shape[1])
-    chosen_BK = score_BZ.topk(num_chosen, dim=1, sorted=False).indices
-    return torch.zeros_like(score_BZ).scatter_(1, chosen_BK, 1.0)
-
-
-def training_losses(config: CrosscoderConfig, x_BMD: Tensor, forward: Forward) -> Losses:
-    """The objective of a batch of scaled activations."""
-    error_BMD = x_BMD - forward.recons_BMD
-    reconstruction = reconstruction_loss(error_BMD, config.loss)
+    reconstruction = reconstruction_loss(error_bMD, config.loss, num_tokens)
     auxk = delta = reconstruction.new_zeros(())
     total = reconstruction
-    if forward.error_recons_BMD is not None:
-        auxk = torch.where(forward.any_dead, auxk_loss(error_BMD.detach(), forward.error_recons_BMD), 0.0)
+    if error_recons_bMD is not None and variance is not None:
+        auxk = auxk_loss(error_bMD.detach(), error_recons_bMD, variance)
         total = total + config.auxk_alpha * auxk
     if config.delta_weight > 0:
-        delta = delta_loss(error_BMD)
+        delta = delta_loss(error_bMD, num_tokens)
         total = total + config.delta_weight * delta
     return Losses(total, reconstruction, auxk, delta)
 
 
-def reconstruction_loss(error_BMD: Tensor, kind: str) -> Tensor:
-    """Mean over tokens and models of ||e_m||_2 ("norm") or ||e_m||_2^2 ("squared")."""
+def reconstruction_loss(error_bMD: Tensor, kind: str, num_tokens: int) -> Tensor:
+    """Sum of ||e_m||_2 ("norm") or ||e_m||_2^2 ("squared") over tokens and models, over M * `num_tokens`."""
+    divisor = num_tokens * error_bMD.shape[1]
     if kind == "squared":
-        return error_BMD.square().sum(2).mean()
-    return torch.linalg.vector_norm(error_BMD, dim=2).mean()
+        return error_bMD.square().sum() / divisor
+    return torch.linalg.vector_norm(error_bMD, dim=2).sum() / divisor
 
 
-def auxk_loss(error_BMD: Tensor, error_recons_BMD: Tensor) -> Tensor:
-    """Squared error of the reconstructed error over the error's variance in the batch; 0 where the error does not vary,
-    as for one token: what is below rounding is no variance.
+def auxk_loss(error_bMD: Tensor, error_recons_bMD: Tensor, variance: Tensor) -> Tensor:
+    """Squared error of the reconstructed error over the error's variance in the whole batch; 0 where that is 0."""
+    squared_error = (error_bMD - error_recons_bMD).square().sum()
+    return torch.where(variance > 0, squared_error / torch.where(variance > 0, variance, 1.0), 0.0)
+
+
+def delta_loss(error_bMD: Tensor, num_tokens: int) -> Tensor:
+    """Sum over tokens and tuned models of the norm of e_m - e_0, the error of their difference to the base, over
+    `num_tokens`.
     """
-    variance = (error_BMD - error_BMD.mean(0)).square().sum()
-    squared_error = (error_BMD - error_recons_BMD).square().sum()
-    limits = torch.finfo(variance.dtype)
-    floor = (limits.eps * error_BMD.square().sum()).clamp(min=limits.tiny)
-    return torch.where(variance > floor, squared_error / variance.clamp(min=floor), 0.0)
-
-
-def delta_loss(error_BMD: Tensor) -> Tensor:
-    """Sum over tuned models of the mean norm of e_m - e_0, the error of their difference to the base."""
-    return torch.linalg.vector_norm(error_BMD[:, 1:] - error_BMD[:, :1], dim=2).mean(0).sum()
+    return torch.linalg.vector_norm(error_bMD[:, 1:] - error_bMD[:, :1], dim=2).sum() / num_tokens

@@ -11,75 +11,93 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from train.batch_topk import Selection, TopScores
+from train.batch_topk import Selection
 from train.crosscoder import Crosscoder
 from train.encoder import Operands, encoder_chunks
-from train.losses import Forward, Losses
-from train.sparse import add_scores, sparse_reconstruction
+from train.placement import Share
+from train.sparse import add_scores, decode, top_scores
+
+# A batch as it is measured: raw activations (B, M, D), and the number of each token in the batch of all ranks, (B,);
+# None where it is the number of the row.
+Batch = tuple[Tensor, Tensor | None]
 
 
 class VarianceExplained:
-    """Per model 1 - sum_t ||x_t - recons_t||^2 / sum_t ||x_t - mean||^2 over all tokens added; sums in float64."""
+    """Per model 1 - sum_t ||x_t - recons_t||^2 / sum_t ||x_t - mean||^2 over all tokens added; sums in float64.
+
+    `sums` holds them in one tensor, which ranks add up: number of tokens, sum_t x (M * D), sum_t ||x||^2 (M), sum_t
+    ||x - recons||^2 (M).
+    """
 
     def __init__(self, num_models: int, d_model: int, device: torch.device):
-        self._count = 0
-        self._sum_MD = torch.zeros(num_models, d_model, dtype=torch.float64, device=device)
-        self._squares_M = torch.zeros(num_models, dtype=torch.float64, device=device)
-        self._errors_M = torch.zeros_like(self._squares_M)
+        self._shape = num_models, d_model
+        self.sums = torch.zeros(1 + num_models * (d_model + 2), dtype=torch.float64, device=device)
 
+    @torch.no_grad()
     def add(self, x_BMD: Tensor, recons_BMD: Tensor) -> None:
-        self._count += len(x_BMD)
-        self._sum_MD += x_BMD.sum(0, dtype=torch.float64)
-        self._squares_M += x_BMD.square().sum((0, 2), dtype=torch.float64)
-        self._errors_M += (x_BMD - recons_BMD).square().sum((0, 2), dtype=torch.float64)
+        squares_M = x_BMD.square().sum((0, 2), dtype=torch.float64)
+        errors_M = (x_BMD - recons_BMD).square().sum((0, 2), dtype=torch.float64)
+        self.sums[0] += len(x_BMD)
+        self.sums[1:] += torch.cat([x_BMD.sum(0, dtype=torch.float64).flatten(), squares_M, errors_M])
 
     def values(self) -> list[float]:
         """One number per model; nan where the tokens do not vary."""
-        variation_M = self._squares_M - self._sum_MD.square().sum(1) / self._count
-        return torch.where(variation_M > 0, 1 - self._errors_M / variation_M, torch.nan).tolist()
+        num_models, d_model = self._shape
+        count, sum_MD, squares_M, errors_M = self.sums.split([1, num_models * d_model, num_models, num_models])
+        variation_M = squares_M - sum_MD.view(self._shape).square().sum(1) / count
+        return torch.where(variation_M > 0, 1 - errors_M / variation_M, torch.nan).tolist()
+
+    def named(self, prefix: str, models: list[str]) -> dict[str, float]:
+        return {f"{prefix}/{model}": value for model, value in zip(models, self.values(), strict=True)}
 
 
 @torch.no_grad()
-def step_metrics(crosscoder: Crosscoder, x_BMD: Tensor, forward: Forward, losses: Losses) -> dict[str, float]:
-    """Loss terms, variance explained of the batch, L0 = codes per token of a training step, and the threshold."""
-    explained = VarianceExplained(crosscoder.num_models, crosscoder.d_model, x_BMD.device)
-    explained.add(x_BMD, forward.recons_BMD)
-    return {
-        "train/loss": losses.total.item(),
-        "train/reconstruction": losses.reconstruction.item(),
-        "train/auxk": losses.auxk.item(),
-        "train/delta": losses.delta.item(),
-        **({} if crosscoder.threshold is None else {"train/threshold": crosscoder.threshold}),
-        "train/l0": int((forward.score_S > 0).sum()) / len(x_BMD),
-        **_named("train/variance_explained", crosscoder, explained),
-    }
+def validation_metrics(
+    crosscoder: Crosscoder, batches: Iterable[Batch], operands: Operands | None = None, share: Share | None = None
+) -> dict[str, float]:
+    """Variance explained and L0 over batches, with the codes of `evaluation_codes`.
 
-
-@torch.no_grad()
-def validation_metrics(crosscoder: Crosscoder, batches: Iterable[Tensor]) -> dict[str, float]:
-    """Variance explained and L0 over raw batches (B, M, D), with the codes of `evaluation_codes`."""
-    device, operands = crosscoder.W_enc.device, Operands(crosscoder)
+    Ranks of share.tokens have different tokens of each batch, maybe none; those of share.latents have the same tokens.
+    All see equally many batches and get the same metrics. Without `operands` and `share` there is one rank.
+    """
+    operands, share = operands or Operands.of(crosscoder), share or Share(crosscoder.num_latents)
+    device = operands.b_dec.device
     explained = VarianceExplained(crosscoder.num_models, crosscoder.d_model, device)
-    num_tokens = num_codes = 0
-    for raw_BMD in batches:
+    num_codes_1 = torch.zeros(1, dtype=torch.float64, device=device)
+    for raw_BMD, token_B in batches:
         x_BMD = crosscoder.scale(raw_BMD.to(device))
-        selection, code_S = evaluation_codes(crosscoder, x_BMD.flatten(1), operands)
-        explained.add(x_BMD, sparse_reconstruction(crosscoder, selection, code_S, len(x_BMD)))
-        num_tokens += len(x_BMD)
-        num_codes += len(code_S)
-    if num_tokens == 0:
+        token_B = None if token_B is None else token_B.to(device)
+        selection, code_S = evaluation_codes(crosscoder, x_BMD.flatten(1), operands, share, token_B)
+        num_codes_1 += len(code_S)
+        if len(x_BMD):
+            recons_BW = decode(selection, code_S, len(x_BMD), operands, with_bias=share.latents.rank == 0)
+            explained.add(x_BMD, share.latents.sum(recons_BW, "reconstructions of validation").view_as(x_BMD))
+    share.tokens.sum(explained.sums, "sums of validation")
+    share.everyone.sum(num_codes_1, "codes of validation")
+    if explained.sums[0] == 0:
         return {}
-    return {"val/l0": num_codes / num_tokens, **_named("val/variance_explained", crosscoder, explained)}
+    l0 = num_codes_1.item() / explained.sums[0].item()
+    return {"val/l0": l0, **explained.named("val/variance_explained", crosscoder.models)}
 
 
 @torch.no_grad()
-def evaluation_codes(crosscoder: Crosscoder, x_BW: Tensor, operands: Operands) -> tuple[Selection, Tensor]:
+def evaluation_codes(
+    crosscoder: Crosscoder,
+    x_BW: Tensor,
+    operands: Operands,
+    share: Share | None = None,
+    token_B: Tensor | None = None,
+) -> tuple[Selection, Tensor]:
     """Codes (S,) of scaled activations and where they are: those above the threshold, or the k * B largest while there
     is none. `operands` are those of the crosscoder; the codes before selection never exist whole.
+
+    With `share`, B is of all ranks, `token_B` has this rank's numbers among them, and the codes are of its latents.
     """
     if crosscoder.threshold is not None:
         return _codes_above(crosscoder.threshold, x_BW, operands)
-    top = TopScores(crosscoder.config.k * len(x_BW), len(x_BW), crosscoder.num_latents, x_BW.device)
+    share = share or Share(crosscoder.num_latents)
+    num_tokens = int(share.tokens.sum(torch.tensor(len(x_BW), device=x_BW.device), "tokens of validation"))
+    top = top_scores(share, crosscoder.config.k * num_tokens, num_tokens, x_BW.device, token_B)
     add_scores(top, x_BW, operands)
     (token_S, latent_S), code_S, _, _ = top.finish()
     is_code_S = code_S > 0
@@ -95,10 +113,6 @@ def _codes_above(threshold: float, x_BW: Tensor, operands: Operands) -> tuple[Se
     token_S, latent_S, code_S = (torch.cat(column) for column in zip(*parts, strict=True))
     order_S = token_S.argsort(stable=True)  # chunks ascend, so latents do within a token
     return Selection(token_S[order_S], latent_S[order_S]), code_S[order_S]
-
-
-def _named(prefix: str, crosscoder: Crosscoder, explained: VarianceExplained) -> dict[str, float]:
-    return {f"{prefix}/{model}": value for model, value in zip(crosscoder.models, explained.values(), strict=True)}
 
 
 class Throughput:

@@ -24,7 +24,7 @@ def documents_in_batches(stream: BatchStream) -> float:
     """Distinct documents in a batch, the mean of a few batches spread over the first epoch."""
     row_starts, num_steps = stream.data.tokens.row_starts, stream.steps_per_epoch
     steps = np.unique(np.linspace(0, num_steps - 1, min(MEASURED_BATCHES, num_steps)).astype(int))
-    counts = [len(np.unique(np.searchsorted(row_starts, stream.rows(int(step)), side="right"))) for step in steps]
+    counts = [len(np.unique(np.searchsorted(row_starts, stream.plan(int(step)), side="right"))) for step in steps]
     return float(np.mean(counts))
 
 

@@ -43,6 +43,7 @@ from train.data import check_size, content_of, heldout, room
 from train.heldout import HeldoutTokens, compute_heldout
 from train.kept import scaling
 from train.lanes import Lanes, Span
+from train.meeting import ALONE, Place
 from train.residency import Peak, holds, host_memory, peak
 from train.runs import selected_pair
 from train.shard_pool import ShardPool
@@ -61,8 +62,8 @@ class OnlineActivations:
     CancelledError.
     """
 
-    def __init__(self, settings: TrainSettings, tokens: TokenStore):
-        self.models, self.tokens = settings.pairs[selected_pair(settings)], tokens
+    def __init__(self, settings: TrainSettings, tokens: TokenStore, place: Place):
+        self.models, self.tokens, self._place = settings.pairs[selected_pair(settings)], tokens, place
         self.num_replaced = 0
         self._settings, self._lock = settings, Lock()
         self._content = content_of(tokens, tokens.folder.parent / "kept")
@@ -83,16 +84,17 @@ class OnlineActivations:
         self.train_tokens = np.where(self.is_heldout, 0, later_tokens)
 
     @classmethod
-    def open(cls, settings: TrainSettings) -> OnlineActivations:
+    def open(cls, settings: TrainSettings, place: Place = ALONE) -> OnlineActivations:
         """Check everything that can be refused, then calibrate: only that loads the models, unless it was done before.
+        `place` among the ranks of the run decides which lanes are read here.
 
         Raises BadInput for tokens that are missing or too few, models that cannot be used, and more activations at a
-        time than fit the host's memory.
+        time than fit the host's memory, or this rank's part of it.
         """
         folder = settings.tokens_folder
         if not (folder / "manifest.json").exists():
             raise BadInput(f"There are no tokens in {folder}. Run python -m extract.tokens with the same settings.")
-        data = cls(settings, TokenStore(folder))
+        data = cls(settings, TokenStore(folder), place)
         check_size(data, settings)
         data._check_memory()
         try:
@@ -174,16 +176,18 @@ class OnlineActivations:
             )
 
     def _check_memory(self) -> None:
-        """Say how much memory the run takes; BadInput if that is more than there is."""
+        """Say how much memory the run takes on this rank; BadInput if that is more than there is."""
         settings, training, tokens_of_shards = self._settings, self._settings.training, self._tokens_of_shards
         kept_of_shards = np.add.reduceat(self.train_tokens, [documents.start for documents in self._shards])
-        lanes = Lanes(int(kept_of_shards.sum()), settings.data.num_lanes, settings.data.shuffle_window)
+        num_lanes, window = settings.data.num_lanes, settings.data.shuffle_window
+        lanes = Lanes(int(kept_of_shards.sum()), num_lanes, window, self._place.rank, self._place.size)
         held = holds(lanes, settings.seed, kept_of_shards, training.num_tokens_per_step, training.num_steps)
         calibrated = Peak(len(self._calibrated_shards), int(tokens_of_shards[self._calibrated_shards].sum()))
         most = max(peak(held, tokens_of_shards), calibrated, key=lambda each: each.tokens)
         tokens = most.tokens + self._max_heldout_tokens()
         on_the_way = ON_THE_WAY * self._live.computed_bytes(int(tokens_of_shards.max()))
-        check_memory(most.shards, tokens * self._live.bytes_per_token + on_the_way, settings.data.memory_gb)
+        limit_gb = settings.data.memory_gb or host_memory() / 1e9 / max(1, self._place.local_size)
+        check_memory(most.shards, tokens * self._live.bytes_per_token + on_the_way, limit_gb)
 
     def _calibrate(self) -> None:
         """Learn the scaling, and which tokens of the calibrated shards are outliers; from the file of an earlier run of
@@ -260,16 +264,16 @@ class OnlineActivations:
             log.info("data=online: %d of the tokens read stood in for outliers", self.num_replaced)
 
 
-def check_memory(num_shards: int, num_bytes: int, memory_gb: float | None) -> None:
-    """Say what a run holds at a time; BadInput if it is more than `memory_gb`, or than the host has."""
-    needed, limit = num_bytes / 1e9, host_memory() / 1e9 if memory_gb is None else memory_gb
+def check_memory(num_shards: int, num_bytes: int, limit: float) -> None:
+    """Say what a rank holds at a time; BadInput if it is more than `limit`, in 10^9 bytes."""
+    needed = num_bytes / 1e9
     if needed > limit:
         raise BadInput(
             f"data=online holds up to {num_shards} shards and takes {needed:.3g} GB of memory for activations; it may "
-            f"take {limit:.3g} GB (data.memory_gb, else what the host has). Take fewer lanes (data.num_lanes), smaller "
-            f"windows (data.shuffle_window), shards (tokens with a lower corpus.tokens_per_shard) or values "
-            f"(activations.codec=fp8), or fewer data.max_validation_tokens and data.calibration_tokens. Or extract the "
-            f"activations and leave out data=online."
+            f"take {limit:.3g} GB (data.memory_gb, else a rank's part of what the host has). Take fewer lanes "
+            f"(data.num_lanes), smaller windows (data.shuffle_window), shards (tokens with a lower "
+            f"corpus.tokens_per_shard) or values (activations.codec=fp8), or fewer data.max_validation_tokens and "
+            f"data.calibration_tokens. Or extract the activations and leave out data=online."
         )
     log.info("data=online: up to %d shards at a time, %.2f GB of activations of %.0f", num_shards, needed, limit)
 

@@ -19,10 +19,11 @@ with one_line_interrupts():
     from extract.errors import BadInput
     from extract.manifest import Manifest
     from extract.remote import is_url
+    from train.checks import multiple
     from train.config import TrainSettings
-    from train.engine import ENGINES
+    from train.division import check_ranks
     from train.gpus import gpu_named
-    from train.job import FLOAT, Job, layouts
+    from train.job import FLOAT, Job, Layout, layouts
     from train.plan_options import Plan, StoreFacts, plan_options
     from train.plan_table import report
     from train.runs import selected_pair
@@ -66,15 +67,10 @@ class PlanSettings(TrainSettings):
         if not 0 <= self.dead_share < 1:
             raise BadInput(f"dead_share={self.dead_share} must be at least 0 and less than 1.")
         if self.gpus > self.gpus_per_node:
-            _check_multiple("gpus", self.gpus, "gpus_per_node", self.gpus_per_node)
-        _check_multiple("training.num_tokens_per_step", self.training.num_tokens_per_step, "gpus", self.gpus)
-
-
-def _check_multiple(name: str, value: int, of_name: str, of: int) -> None:
-    if value % of:
-        below = value // of * of
-        nearest = f"{below} or {below + of}" if below else str(of)
-        raise BadInput(f"{name}={value} is not a multiple of {of_name}={of}. Nearest: {nearest}.")
+            multiple("gpus", self.gpus, self.gpus_per_node, "gpus_per_node")
+        check_ranks(self, self.gpus)
+        if self.engine.ranks_per_copy is not None:
+            multiple("gpus", self.gpus, self.engine.ranks_per_copy, "engine.ranks_per_copy")
 
 
 def main(settings: PlanSettings) -> None:
@@ -94,10 +90,16 @@ def make_plan(settings: PlanSettings) -> Plan:
         math.inf if store.online else settings.read_gbps,
     )
     job = _job(settings, store)
-    options = plan_options(job, machine, layouts(settings.gpus), set(ENGINES))
+    options = plan_options(job, machine, _layouts(settings))
     training = settings.training
     title = f"{settings.study}/{selected_pair(settings)}"
     return Plan(title, job, machine, store, options, training.num_steps, training.keep_checkpoints)
+
+
+def _layouts(settings: PlanSettings) -> list[Layout]:
+    """With copies as the settings say, else one a node where there are several."""
+    node = settings.gpus_per_node if settings.gpus > settings.gpus_per_node else None
+    return layouts(settings.gpus, settings.engine.ranks_per_copy or node, settings.engine.offload_optimizer)
 
 
 def _job(settings: PlanSettings, store: StoreFacts) -> Job:
@@ -111,6 +113,7 @@ def _job(settings: PlanSettings, store: StoreFacts) -> Job:
         k=crosscoder.k,
         num_dead=math.ceil(dead_share * crosscoder.num_latents),
         has_delta=crosscoder.delta_weight > 0,
+        num_micro_steps=training.num_micro_steps,
         step=training.step,
         precision=training.precision,
         stored_token_bytes=store.token_bytes,

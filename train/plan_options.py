@@ -38,9 +38,8 @@ class Option:
     # Bytes of what is alive on a GPU at the step's largest moment, by name.
     memory: dict[str, float]
     time: StepTime
-    # Whether it fits into a GPU, and whether this release has the engine.
+    # Whether it fits into a GPU.
     fits: bool
-    available: bool
 
     @property
     def peak(self) -> float:
@@ -78,15 +77,15 @@ class Plan:
         }
 
 
-def plan_options(job: Job, machine: Machine, layouts: list[Layout], engines: set[str]) -> list[Option]:
-    """Every layout with its memory and time; `engines` are those that this release has."""
-    return [_option(job, machine, layout, engines) for layout in layouts]
+def plan_options(job: Job, machine: Machine, layouts: list[Layout]) -> list[Option]:
+    """Every layout with its memory and time."""
+    return [_option(job, machine, layout) for layout in layouts]
 
 
-def _option(job: Job, machine: Machine, layout: Layout, engines: set[str]) -> Option:
+def _option(job: Job, machine: Machine, layout: Layout) -> Option:
     memory = peak_memory(job, layout)
     fits = sum(memory.values()) <= usable_bytes(machine.gpu)
-    return Option(layout, memory, step_time(job, layout, machine), fits, layout.engine in engines)
+    return Option(layout, memory, step_time(job, layout, machine), fits)
 
 
 def usable_bytes(gpu: Gpu) -> float:
@@ -104,21 +103,13 @@ def fastest(options: list[Option]) -> Option | None:
 
 
 def choice(plan: Plan) -> str:
-    """Which engine to run, and why; what would be better where this release lacks it."""
-    here, best = fastest([option for option in plan.options if option.available]), fastest(plan.options)
-    if here is None:
-        text = f"none: no engine of this release fits into {plan.machine.gpu.memory_gib:g} GiB."
-        if best is not None:
-            return f"{text} {best.layout.label} would ({best.peak / GIB:.1f} GiB), in {duration(plan.hours(best))}."
-        return f"{text} {_more_gpus(plan)}"
-    used, there = here.layout.num_ranks, plan.machine.num_gpus
+    """Which engine to run, and why; what would be needed where none fits."""
+    best = fastest(plan.options)
+    if best is None:
+        return f"none: no engine fits into {plan.machine.gpu.memory_gib:g} GiB. {_more_gpus(plan)}"
+    used, there = best.layout.num_ranks, plan.machine.num_gpus
     gpus = f"{used} of {there} GPUs" if used < there else f"{there} GPU" + "s" * (there > 1)
-    text = f"{_setting(here.layout)} on {gpus}: {duration(plan.hours(here))}, bound by {here.time.bound_by}."
-    if best is None or best.time.step * NOTABLY_FASTER > here.time.step:
-        return f"{text} Nothing else is notably faster."
-    times = here.time.step / best.time.step
-    text += f" {best.layout.label} would be {times:.1f} times faster ({duration(plan.hours(best))})"
-    return text + (", and is not in this release." if not best.available else ".")
+    return f"{best.layout.setting} on {gpus}: {duration(plan.hours(best))}, bound by {best.time.bound_by}."
 
 
 def _more_gpus(plan: Plan) -> str:
@@ -128,14 +119,8 @@ def _more_gpus(plan: Plan) -> str:
         for layout in layouts(num_gpus) if num_gpus > plan.machine.num_gpus else []:
             peak = sum(peak_memory(plan.job, layout).values())
             if peak <= usable:
-                return f"On {num_gpus} of these GPUs {layout.label} would ({peak / GIB:.1f} GiB on each)."
+                return f"On {num_gpus} of these GPUs {layout.setting} would ({peak / GIB:.1f} GiB on each)."
     return "Nor would another, on up to 64 of these GPUs: lower crosscoder.num_latents or take a larger GPU."
-
-
-def _setting(layout: Layout) -> str:
-    """How a command line asks for an engine."""
-    stage = f" engine.zero_stage={layout.zero_stage}" if layout.engine == "deepspeed" else ""
-    return f"engine={layout.engine}{stage}"
 
 
 def duration(hours: float) -> str:
@@ -148,7 +133,7 @@ def duration(hours: float) -> str:
 
 def warnings(plan: Plan) -> list[str]:
     """What to know before starting, most pressing first."""
-    about = fastest([option for option in plan.options if option.available]) or fastest(plan.options)
+    about = fastest(plan.options)
     found = [*_memory_warnings(plan), *_precision_warnings(plan), *_reading_warnings(plan)]
     found += [] if about is None else _batch_warnings(plan, about)
     return [*found, *_communication_warnings(plan), *_epoch_warnings(plan), *_online_warnings(plan)]
@@ -202,8 +187,10 @@ def _communication_warnings(plan: Plan) -> list[str]:
     """The latent engine sends what grows with the tokens, the others what grows with the weights."""
     if plan.machine.num_gpus == 1:
         return []
-    sent = {option.layout.label: sent_bytes(plan.job, option.layout) for option in plan.options}
-    latent, label = sent.pop("latent"), min(sent.keys() - {"single"}, key=lambda label: (sent[label], label))
+    undivided = [layout for layout in (option.layout for option in plan.options) if layout.num_copies == 1]
+    sent = {layout.label: sent_bytes(plan.job, layout) for layout in undivided if layout.engine != "single"}
+    latent = sent.pop("latent")
+    label = min(sent, key=lambda label: (sent[label], label))
     if latent <= sent[label]:
         return []
     crossing = plan.job.num_tokens * sent[label] / latent

@@ -9,9 +9,8 @@ from train.memory import COMPONENTS
 from train.plan_options import GIB, Option, Plan, choice, duration, usable_bytes, warnings
 from train.step_time import sent_bytes, step_flops
 
-LABEL_WIDTH, COLUMN_WIDTH, TOTAL_WIDTH = 34, 11, 100
+LABEL_WIDTH, TOTAL_WIDTH = 28, 100
 MIB = 2**20
-MARK = "*"
 
 
 def report(plan: Plan) -> str:
@@ -67,7 +66,7 @@ def _time(plan: Plan) -> str:
     names = list(dict.fromkeys(name for option in plan.options for name in option.time.parts))
 
     def row(name: str) -> str:
-        return _row(name, plan, lambda option: _number(1e3 * option.time.parts[name]))
+        return _row(name, plan, lambda option: _number(1e3 * option.time.parts.get(name, 0)))
 
     rows = [
         *map(row, names),
@@ -90,10 +89,7 @@ def _bounds(plan: Plan) -> list[str]:
 
 
 def _advice(plan: Plan) -> str:
-    lines = []
-    if any(not option.available for option in plan.options):
-        lines.append(f"{MARK} not in this release: an estimate")
-    lines.append(_wrapped("choose  ", choice(plan)))
+    lines = [_wrapped("choose  ", choice(plan))]
     lines += [_wrapped("note    ", warning) for warning in warnings(plan)]
     return "\n".join(lines)
 
@@ -103,12 +99,17 @@ def _wrapped(label: str, text: str) -> str:
 
 
 def _header(title: str, plan: Plan) -> str:
-    labels = [option.layout.label + ("" if option.available else MARK) for option in plan.options]
-    return f"{title:<{LABEL_WIDTH}}" + "".join(f"{label:>{COLUMN_WIDTH}}" for label in labels)
+    return _columns(title, [option.layout.label for option in plan.options])
 
 
 def _row(name: str, plan: Plan, value: Callable[[Option], str]) -> str:
-    return f"  {name:<{LABEL_WIDTH - 2}}" + "".join(f"{value(option):>{COLUMN_WIDTH}}" for option in plan.options)
+    return _columns(f"  {name}", [value(option) for option in plan.options])
+
+
+def _columns(name: str, texts: list[str]) -> str:
+    """Columns as wide as fit, up to 11 characters."""
+    width = min(11, (TOTAL_WIDTH - LABEL_WIDTH) // len(texts))
+    return f"{name:<{LABEL_WIDTH}}" + "".join(f"{text:>{width}}" for text in texts)
 
 
 def _number(value: float) -> str:

@@ -38,14 +38,14 @@ class Peak:
 
 
 def holds(lanes: Lanes, seed: int, kept_of_shards: np.ndarray, batch: int, num_steps: int) -> Iterator[Hold]:
-    """Every time that a lane needs a shard, over the steps of a run of `batch` tokens each; `kept_of_shards` (shards,)
-    counts kept training tokens.
+    """Every time that a lane of the rank needs a shard, over the steps of a run of `batch` tokens each;
+    `kept_of_shards` (shards,) counts kept training tokens.
     """
     ahead = max(batch, 2 * lanes.num_lanes)  # entries that a step looks at, as in train.stream
     last_epoch = (num_steps * batch - 1) // lanes.num_tokens
     for epoch in range(last_epoch + 1):
         order = ShardOrder(seed, epoch, kept_of_shards)
-        for lane in range(lanes.num_lanes):
+        for lane in lanes.own(epoch):
             place = 0
             for span in order.spans(lanes.start(lane), lanes.start(lane) + lanes.size(lane)):
                 last = place + span.stop - span.first - 1
@@ -94,9 +94,5 @@ def _merged(held: Iterator[Hold]) -> Iterator[Hold]:
 
 def _reaches_window_before(lanes: Lanes, epoch: int, lane: int, place: int) -> int:
     """The entry at which a lane begins the window before the one that holds `place`; 0 before the first of the run."""
-    window = lanes.window(epoch, lane, place)
-    if window.first:
-        return lanes.entry(epoch, lane, lanes.window(epoch, lane, window.first - 1).first)
-    if epoch == 0:
-        return 0
-    return lanes.entry(epoch - 1, lane, lanes.window(epoch - 1, lane, lanes.size(lane) - 1).first)
+    before = lanes.window_before(lanes.window(epoch, lane, place))
+    return lanes.entry(before.epoch, before.lane, before.first) if before else 0

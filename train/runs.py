@@ -12,11 +12,13 @@ from extract.errors import BadInput
 from train.config import TrainSettings
 
 MAX_NAME = 160
-# Settings of these sections that change how a run proceeds but not what it computes.
+# Settings of these sections that change how a run proceeds but not what it computes, to rounding.
 WITHOUT_EFFECT = {
     "training.device",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.keep_every",
+    "training.num_micro_steps",
     "training.log_every",
     "training.validate_every",
     "data.max_validation_tokens",

@@ -49,6 +49,7 @@ class KernelSlots:
             num_bad_1,
             num_columns,
             *chunk.pre_BC.stride(),
+            chunk.token_B,
             chunk.first_token,
             chunk.first_latent,
             self._num_latents,
@@ -164,6 +165,7 @@ def _append(
     num_columns,
     row_stride,
     column_stride,
+    token_ptr,
     first_token,
     first_latent,
     num_latents,
@@ -177,7 +179,8 @@ def _append(
     if bad > 0:
         tl.atomic_add(num_bad_ptr, bad)
     key, bound = _key(score), tl.load(bound_ptr)
-    position = (row + first_token) * num_latents + column + first_latent
+    token = row + first_token if token_ptr is None else tl.load(token_ptr + row)
+    position = token * num_latents + column + first_latent
     _write_taken(inside & (key >= bound), score, code, position, score_ptr, code_ptr, position_ptr, num_entries_ptr)
 
 

@@ -13,12 +13,14 @@ are not dead) and G, H the gradients of the two outputs:
 
 The entries of P are sorted by latent once; dP, dW_dec and dW_enc all walk through them in that order, each latent's
 entries summed one after another, so results do not depend on the timing of threads. No (S, W) temporary exists.
-Equivalent slow form: `train.losses.readable_forward`.
-Shapes: B tokens, M models, D width, W = M * D, L latents, S selected codes, Z latents that may be dead.
+Equivalent slow form: `train.readable`.
+Shapes: B tokens, M models, D width, W = M * D, L latents (of this rank), S selected codes, Z latents that may be dead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ from extract.errors import BadInput
 from train.batch_topk import Selection, TopScores
 from train.crosscoder import Crosscoder
 from train.encoder import CHUNK_BYTES, Operands, encoder_chunks
-from train.losses import Forward
+from train.placement import Share
 from train.products import ByLatent, ByToken, Gradients, products_for
 
 
@@ -42,42 +44,26 @@ class Codes(NamedTuple):
     aux_BZ: Tensor
 
 
-class Prepared(NamedTuple):
-    """What an engine may have at hand; a step makes for itself what is None."""
-
-    # The weights as products read them.
-    operands: Operands | None = None
-    # Latents (Z,) among which are all dead ones: counting those alone would make the host wait for a GPU.
-    candidate_Z: Tensor | None = None
-    # Where backward writes the gradients of the weights; autograd then sees none of them.
-    gradients: Gradients | None = None
-    # Whether shapes must not depend on values, as on a GPU: the selection is then padded by entries of score 0.
-    fixed_size: bool | None = None
-
-
-def sparse_forward(
-    crosscoder: Crosscoder, x_BMD: Tensor, num_selected: int, dead_L: Tensor, prepared: Prepared | None = None
-) -> Forward:
-    """The training step with hand-written gradients; arguments and result as in `train.losses.readable_forward`.
-
-    BadInput for weights of a dtype or on a device that the products do not support.
-    """
-    _check_supported(crosscoder.W_enc)
-    prepared = prepared or Prepared()
-    operands = prepared.operands or Operands(crosscoder)
-    candidate_Z = dead_L.nonzero().squeeze(1) if prepared.candidate_Z is None else prepared.candidate_Z
-    if crosscoder.config.auxk_alpha == 0:
-        candidate_Z = candidate_Z[:0]
-    x_BW, num_latents = x_BMD.flatten(1), crosscoder.num_latents
-    num_selected = min(num_selected, len(x_BW) * num_latents)
-    top = TopScores(num_selected, len(x_BW), num_latents, x_BW.device, fixed_size=prepared.fixed_size)
-    add_scores(top, x_BW, operands)
-    selection, code_S, score_S, finite = top.finish()
-    aux_BZ = auxk_codes(x_BW, operands, candidate_Z, dead_L, crosscoder.d_model // 2)
-    codes = Codes(selection, code_S, candidate_Z, aux_BZ)
-    recons_BW, error_recons_BW = reconstruct(crosscoder, x_BW, codes, operands.W_dec, prepared.gradients)
-    error_recons_BMD = error_recons_BW.view_as(x_BMD) if len(candidate_Z) else None
-    return Forward(recons_BW.view_as(x_BMD), error_recons_BMD, selection, score_S, dead_L.any(), finite)
+def top_scores(
+    share: Share,
+    num_selected: int,
+    num_tokens: int,
+    device: torch.device,
+    token_B: Tensor | None = None,
+    fixed_size: bool | None = None,
+) -> TopScores:
+    """Will find the largest scores of all ranks' `num_tokens` tokens, given those of this rank, numbered `token_B`."""
+    everyone = share.everyone
+    return TopScores(
+        min(num_selected, num_tokens * share.num_latents),
+        num_tokens,
+        share.num_latents,
+        device,
+        all_reduce=partial(everyone.sum, what="selection") if everyone.size > 1 else None,
+        fixed_size=fixed_size,
+        token_B=token_B,
+        first_latent=share.first_latent,
+    )
 
 
 @torch.no_grad()
@@ -88,33 +74,47 @@ def add_scores(top: TopScores, x_BW: Tensor, operands: Operands, first_token: in
 
 
 @torch.no_grad()
-def auxk_codes(x_BW: Tensor, operands: Operands, candidate_Z: Tensor, dead_L: Tensor, num_chosen: int) -> Tensor:
-    """Q (B, Z): per token the codes of the `num_chosen` dead latents with the largest scaled codes, 0 elsewhere."""
+def auxk_codes(
+    x_BW: Tensor, operands: Operands, candidate_Z: Tensor, dead_L: Tensor, choose: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Q (B, Z): the codes of dead latents that are chosen, 0 elsewhere.
+
+    `choose` makes of scaled codes (B, Z), -1 for latents that are not dead, the mask (B, Z) of the chosen ones.
+    """
     rows_ZW, bias_Z, is_dead_Z = operands.W_enc[candidate_Z], operands.b_enc[candidate_Z], dead_L[candidate_Z]
     pre_BZ = torch.addmm(bias_Z, x_BW.to(rows_ZW.dtype), rows_ZW.T).relu_().to(x_BW.dtype)
-    score_BZ = torch.where(is_dead_Z, pre_BZ * operands.scale_L[candidate_Z], -1.0)
-    chosen_BK = score_BZ.topk(min(num_chosen, len(candidate_Z)), dim=1, sorted=False).indices
-    is_chosen_BZ = torch.zeros_like(score_BZ, dtype=torch.bool).scatter_(1, chosen_BK, True)
+    is_chosen_BZ = choose(torch.where(is_dead_Z, pre_BZ * operands.scale_L[candidate_Z], -1.0))
     return pre_BZ.mul_(is_chosen_BZ & is_dead_Z)
 
 
 def reconstruct(
-    crosscoder: Crosscoder, x_BW: Tensor, codes: Codes, W_dec_operand: Tensor, gradients: Gradients | None = None
+    crosscoder: Crosscoder,
+    x_BW: Tensor,
+    codes: Codes,
+    operands: Operands,
+    gradients: Gradients | None = None,
+    with_bias: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(recons, e_hat), both (B, W), of known codes, with hand-written gradients for the four weights."""
+    """(recons, e_hat), both (B, W), of known codes, with hand-written gradients for the four weights of `crosscoder`.
+
+    With `gradients` these are written there, and autograd sees none. Without `with_bias` b_dec is left out and has the
+    gradient zero: another rank, which decodes the same tokens from other latents, adds it.
+
+    BadInput for master weights of a dtype or on a device that the products do not support.
+    """
+    _check_supported(operands.b_dec)
     weights = crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec, crosscoder.b_dec
-    return _SparseReconstruction.apply(x_BW, *weights, codes, W_dec_operand, gradients)
+    return _SparseReconstruction.apply(x_BW, *weights, codes, operands, gradients, with_bias)
 
 
 @torch.no_grad()
-def sparse_reconstruction(crosscoder: Crosscoder, selection: Selection, code_S: Tensor, num_tokens: int) -> Tensor:
-    """recons (B, M, D) in the scaled space, without graph, of the codes of a selection.
+def decode(selection: Selection, code_S: Tensor, num_tokens: int, operands: Operands, with_bias: bool = True) -> Tensor:
+    """recons (B, W) in the scaled space, without graph, of the codes of a selection.
 
     Equals `Crosscoder.reconstruct` of the dense codes (B, L) to rounding, without its products over silent latents.
     """
-    W_dec, b_dec = crosscoder.W_dec.detach(), crosscoder.b_dec.detach()
-    recons_BW = products_for(W_dec).decode(ByToken.of(selection, code_S, num_tokens), W_dec, b_dec)
-    return recons_BW.view(-1, crosscoder.num_models, crosscoder.d_model)
+    b_dec = operands.b_dec if with_bias else torch.zeros_like(operands.b_dec)
+    return products_for(b_dec).decode(ByToken.of(selection, code_S, num_tokens), operands.W_dec, b_dec)
 
 
 class _SparseReconstruction(torch.autograd.Function):
@@ -129,29 +129,28 @@ class _SparseReconstruction(torch.autograd.Function):
         W_dec: Tensor,
         b_dec: Tensor,
         codes: Codes,
-        W_dec_operand: Tensor,
+        operands: Operands,
         gradients: Gradients | None,
+        with_bias: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x_BW, W_enc, b_enc, W_dec, b_dec)
-        ctx.codes, ctx.W_dec_operand, ctx.gradients = codes, W_dec_operand, gradients
-        entries = ByToken.of(codes.selection, codes.code_S, len(x_BW))
-        recons_BW = products_for(W_dec).decode(entries, W_dec_operand, b_dec)
-        return recons_BW, _matmul(codes.aux_BZ, W_dec_operand[codes.aux_Z])
+        ctx.save_for_backward(x_BW, *(() if gradients else (W_enc, b_enc, W_dec, b_dec)))
+        ctx.codes, ctx.operands, ctx.gradients, ctx.with_bias = codes, operands, gradients, with_bias
+        recons_BW = decode(codes.selection, codes.code_S, len(x_BW), operands, with_bias)
+        return recons_BW, _matmul(codes.aux_BZ, operands.W_dec[codes.aux_Z])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_recons_BW: Tensor, grad_error_BW: Tensor) -> tuple[Tensor | None, ...]:
         x_BW, *weights = ctx.saved_tensors
         into = ctx.gradients or Gradients.like(*weights)
-        codes, W_dec = ctx.codes, ctx.W_dec_operand
+        codes, W_dec = ctx.codes, ctx.operands.W_dec
         entries = ByLatent.of(codes.selection, codes.code_S, len(W_dec))
         products_for(into.W_dec).gradients(entries, x_BW, grad_recons_BW.contiguous(), W_dec, into)
         if len(codes.aux_Z):
             _add_auxk_gradients(codes, x_BW, grad_error_BW, W_dec, into)
-        grad_b_dec = grad_recons_BW.sum(0)
-        into.b_dec.add_(grad_b_dec) if into.accumulate else into.b_dec.copy_(grad_b_dec)
+        _add_bias_gradient(grad_recons_BW, into, ctx.with_bias)
         returned = (None,) * 4 if ctx.gradients else into[:4]
-        return None, *returned, None, None, None
+        return None, *returned, None, None, None, None
 
 
 def _add_auxk_gradients(codes: Codes, x_BW: Tensor, grad_BW: Tensor, W_dec: Tensor, into: Gradients) -> None:
@@ -160,6 +159,11 @@ def _add_auxk_gradients(codes: Codes, x_BW: Tensor, grad_BW: Tensor, W_dec: Tens
     into.W_enc.index_add_(0, codes.aux_Z, _matmul(grad_aux_BZ.T, x_BW.to(W_dec.dtype)))
     into.b_enc.index_add_(0, codes.aux_Z, grad_aux_BZ.sum(0))
     into.W_dec.index_add_(0, codes.aux_Z, _matmul(codes.aux_BZ.T, grad_BW.to(W_dec.dtype)))
+
+
+def _add_bias_gradient(grad_BW: Tensor, into: Gradients, with_bias: bool) -> None:
+    grad_b_dec = grad_BW.sum(0) if with_bias else torch.zeros_like(into.b_dec)
+    into.b_dec.add_(grad_b_dec) if into.accumulate else into.b_dec.copy_(grad_b_dec)
 
 
 def _matmul(left: Tensor, right: Tensor) -> Tensor:

@@ -40,6 +40,35 @@ class MetricsFile:
         self._file.close()
 
 
+class Tracker:
+    """Both, of one run in its folder, which continues after `steps_done` steps."""
+
+    def __init__(self, config: TrackingConfig, folder: Path, steps_done: int, study: str, settings: dict[str, Any]):
+        self._file = MetricsFile(folder / "metrics.jsonl", steps_done)
+        self._wandb = WandbRun(config, folder, folder.name, study, settings)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._file.log(step, metrics)
+        self._wandb.log(step, metrics)
+
+    def sync(self) -> None:
+        self._file.sync()
+
+    def close(self) -> None:
+        self._file.close()
+        self._wandb.finish()
+
+
+class Nowhere:
+    """Where all ranks but one track."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _is_whole(line: str) -> bool:
     """A line cut short by a crash has no end."""
     return line.endswith("\n")

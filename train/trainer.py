@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TypeVar
 
+import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from extract.devices import choose_device
 from extract.errors import BadInput
 from extract.publish import publish
+from train import divergence
 from train.checkpoint import Checkpoints
 from train.config import TrainSettings
 from train.crosscoder import Crosscoder
 from train.data import ActivationPairs, TrainingData, heldout_batches
-from train.engine import ENGINES, Engine
+from train.division import check_ranks
+from train.engine import Engine
 from train.loader import Loader
 from train.metrics import Throughput
 from train.mixing import mixing
 from train.runs import result_settings
+from train.stops import EXIT_STOPPED, StopRequest, Turns
 from train.stream import BatchStream
-from train.tracking import MetricsFile, WandbRun
+from train.tracking import Nowhere, Tracker
+from train.world import World
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-
-# Exit status of a run that a signal stopped after saving a checkpoint, EX_TEMPFAIL of sysexits.h: the same command
-# continues it.
-EXIT_STOPPED = 75
 
 
 @dataclass
@@ -47,54 +44,73 @@ class Run:
     """
 
     settings: TrainSettings
+    world: World
+    folder: Path
     engine: Engine
     stream: BatchStream
     loader: Callable[[int, int, Callable[[], bool]], Loader]
-    validation: Callable[[], Iterator[Tensor]]
+    validation: Callable[[], Iterator[tuple[Tensor, Tensor]]]
     checkpoints: Checkpoints
-    metrics_file: MetricsFile
-    wandb: WandbRun
+    tracker: Tracker | Nowhere
     saved_step: int | None = None
 
 
 def train(settings: TrainSettings, folder: Path) -> Path:
     """Train the crosscoder of `settings` in the run folder `folder`, or continue there; returns where it lies.
 
-    A finished run of these settings and data is left as it is. A crosscoder that was deleted or damaged since is
-    published again from the last checkpoint, or trained again where none is left. SIGINT and SIGTERM finish the step,
-    save a checkpoint and exit with EXIT_STOPPED.
+    Called on every rank that was launched; what it leaves does not depend on their number. A finished run of these
+    settings and data is left as it is. A crosscoder that was deleted or damaged since is published again from the last
+    checkpoint, or trained again where none is left. SIGINT, SIGTERM and SIGUSR1, to any rank, finish the step, save a
+    checkpoint and exit with EXIT_STOPPED.
 
-    Raises BadInput for stores that do not fit, a folder of other settings or data, checkpoints of which none is intact,
-    and when training diverges.
+    Raises BadInput for a number of ranks that does not divide what it must, stores that do not fit, a folder of other
+    settings or data, checkpoints of which none is intact, and when training diverges.
     """
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated")  # new names since torch 2.13
+    with World.open(settings.engine, settings.training.device) as world:
+        check_ranks(settings, world.everyone.size)
+        return _train(settings, folder, world)
+
+
+def _train(settings: TrainSettings, folder: Path, world: World) -> Path:
     crosscoder_folder = folder / "crosscoder"
-    with closing(_open_data(settings)) as data:
-        checkpoints = _checkpoints(settings, folder, data)
-        if _is_finished(crosscoder_folder, checkpoints):
+    with closing(_open_data(settings, world)) as data:
+        checkpoints = _checkpoints(settings, folder, data, world)
+        if world.from_main(_is_finished(crosscoder_folder, checkpoints) if world.is_main else None):
             log.info("%s is finished", folder)
             return crosscoder_folder
-        run = _open_run(settings, folder, data, checkpoints)
-        try:
+        run = _open_run(settings, folder, data, checkpoints, world)
+        with closing(run.tracker):
             finished = fit(run)
-        finally:
-            run.metrics_file.close()
-            run.wandb.finish()
-    if not finished:
-        log.info("Stopped after step %d; the same command continues", run.engine.steps_done)
-        sys.exit(EXIT_STOPPED)
-    run.engine.save_crosscoder(crosscoder_folder, checkpoints.identity)
+            if finished:
+                with world.doing("writing the crosscoder"):
+                    run.engine.save_crosscoder(crosscoder_folder, checkpoints.identity)
+        world.from_main(None)  # however long rank 0 writes and uploads
+        if not finished:
+            log.info("Stopped after step %d; the same command continues", run.engine.steps_done)
+            sys.exit(EXIT_STOPPED)
     return crosscoder_folder
 
 
-def _open_data(settings: TrainSettings) -> TrainingData:
-    if settings.data.mode == "stored":
-        data: TrainingData = ActivationPairs.open(settings)
-    else:
-        from train.online import OnlineActivations  # imports what runs language models: seconds
+def _open_data(settings: TrainSettings, world: World) -> TrainingData:
+    """The data, on rank 0 first: what it leaves in files to be found is made once."""
+    with world.main_first():
+        if settings.data.mode == "stored":
+            data: TrainingData = ActivationPairs.open(settings)
+        else:
+            from train.online import OnlineActivations  # imports what runs language models: seconds
 
-        data = OnlineActivations.open(settings)
+            data = OnlineActivations.open(settings, world.place)
     log.info("%d tokens to train on, %.2f %% of all dropped", data.train_tokens.sum(), 100 * data.share_dropped)
+    digest = hashlib.sha256(repr(data.content_sha256).encode())
+    for values in (data.activation_mean.numpy(), data.activation_scale.numpy(), data.train_tokens):
+        digest.update(values.tobytes())
+    if world.from_main(digest.hexdigest()) != digest.hexdigest():
+        raise BadInput(
+            f"Rank {world.everyone.rank} finds other data than rank 0 in {settings.store}: other files, or other "
+            f"tokens kept of them. All ranks must read one store, or the same copy of it."
+        )
     return data
 
 
@@ -117,67 +133,66 @@ def _is_finished(crosscoder_folder: Path, checkpoints: Checkpoints) -> bool:
 def fit(run: Run) -> bool:
     """Train until the last step, or until a signal asks to stop: whether the run is finished."""
     training, engine, throughput = run.settings.training, run.engine, Throughput()
-    num_tokens, num_steps = training.num_tokens_per_step, training.num_steps
-    progress = tqdm(
-        total=num_steps * num_tokens, initial=engine.steps_done * num_tokens, unit="tok", unit_scale=True, disable=None
-    )
+    num_tokens, num_steps, start = training.num_tokens_per_step, training.num_steps, run.engine.steps_done
     with (
-        StopRequest() as stop,
-        progress,
+        StopRequest() as request,
+        _progress(run) as progress,
         _explained(run),
-        run.loader(engine.steps_done, num_steps, lambda: stop.requested) as batches,
+        run.loader(start, num_steps, lambda: request.requested) as batches,
     ):
-        for x_BMD, waited in _saving(run, batches):
+        turns = Turns(batches, start, num_steps, request, run.world)
+        for x_BMD, token_B, waited in turns:
             done, last = engine.steps_done + 1, engine.steps_done + 1 == num_steps
             logged = due(done, training.log_every) or due(done, training.validate_every) or last
-            metrics = engine.step(x_BMD, logged)
+            metrics = engine.step(x_BMD, logged, token_B)
             throughput.count(num_tokens, waited)
             progress.update(num_tokens)
             if due(done, training.validate_every) or last:
                 metrics |= _validate(run, metrics, last)
             if logged:
                 metrics |= throughput.read()
-                run.metrics_file.log(done, metrics)
-                run.wandb.log(done, metrics)
+                run.tracker.log(done, metrics)
                 progress.set_postfix(loss=f"{metrics['train/loss']:.4g}")
-            if last or due(done, training.checkpoint_every) and not stop.requested:
+            if last or due(done, training.checkpoint_every):
                 _save(run)
-            if stop.requested:
-                break
         finished = engine.steps_done >= num_steps
-        if not finished:
+        if not finished and (engine.steps_done or not turns.failure):
             _save(run)
+    run.checkpoints.wait()
+    if turns.failure:
+        raise turns.failure
     return finished
+
+
+def _progress(run: Run) -> tqdm[None]:
+    num_tokens = run.settings.training.num_tokens_per_step
+    return tqdm(
+        total=run.settings.training.num_steps * num_tokens,
+        initial=run.engine.steps_done * num_tokens,
+        unit="tok",
+        unit_scale=True,
+        disable=None if run.world.is_main else True,
+    )
 
 
 def _save(run: Run) -> None:
     """Save a checkpoint, unless the last one is of the same step."""
     if run.saved_step == run.engine.steps_done:
         return
-    run.metrics_file.sync()
+    run.tracker.sync()
     run.checkpoints.save(run.engine.state())
     run.saved_step = run.engine.steps_done
 
 
-def _saving(run: Run, batches: Iterable[T]) -> Iterator[T]:
-    """The batches; an error while one is asked for costs none of the steps done."""
-    try:
-        yield from batches
-    except Exception:
-        if run.engine.steps_done:
-            _save(run)
-        raise
-
-
 def _validate(run: Run, metrics: dict[str, float], last: bool) -> dict[str, float]:
-    """Measures on held-out tokens. An error costs none of the steps done, unless this is the last: with that one saved,
-    the run would pass for finished.
+    """Measures on held-out tokens. An error of one process costs none of the steps done, unless this is the last: with
+    that one saved, the run would pass for finished. Among several ranks, no others can save with the one that failed.
     """
     try:
         return run.engine.evaluate(run.validation())
     except Exception:
-        if not last:
-            run.metrics_file.log(run.engine.steps_done, metrics)
+        if not last and run.world.everyone.size == 1:
+            run.tracker.log(run.engine.steps_done, metrics)
             _save(run)
         raise
 
@@ -187,74 +202,67 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step, or while waiting for its data; a second
-    one acts as usual.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._request) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _checkpoints(settings: TrainSettings, folder: Path, data: TrainingData) -> Checkpoints:
+def _checkpoints(settings: TrainSettings, folder: Path, data: TrainingData, world: World) -> Checkpoints:
     identity = {**result_settings(settings), "models": data.models, "data": data.content_sha256}
-    return Checkpoints(folder / "checkpoints", settings.training.keep_checkpoints, identity)
+    keep, keep_every = settings.training.keep_checkpoints, settings.training.keep_every
+    return Checkpoints(folder / "checkpoints", keep, identity, world, keep_every)
 
 
-def _open_run(settings: TrainSettings, folder: Path, data: TrainingData, checkpoints: Checkpoints) -> Run:
-    training = settings.training
-    build = ENGINES[settings.engine.name]
-    engine = build(settings, data.models, data.d_model, data.activation_mean, data.activation_scale)
-    device = choose_device(training.device, "training.device")
-    stream = BatchStream(data, settings.seed, training.num_tokens_per_step, settings.data)
+def _open_run(settings: TrainSettings, folder: Path, data: TrainingData, checkpoints: Checkpoints, world: World) -> Run:
+    training, config, everyone = settings.training, settings.data, world.everyone
+    engine = Engine(settings, data.models, data.d_model, data.activation_mean, data.activation_scale, world)
+    stream = BatchStream(data, settings.seed, training.num_tokens_per_step, config, everyone.rank, everyone.size)
     state = checkpoints.load()
-    if state is None:
-        if (folder / "metrics.jsonl").exists():
+    if state is not None:
+        engine.load_state(state)
+    else:
+        if (folder / "metrics.jsonl").exists() and world.is_main:
             log.warning("Of the earlier run in %s no checkpoint is left: training starts anew", folder)
         log.info("%s", mixing(stream))
-        engine.initialise(stream.batch(0))
-    else:
-        engine.load_state(state)
-    publish(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(settings)).encode())
+        engine.initialise(stream.batch(0), torch.from_numpy(stream.numbers(0)))
+    readers = engine.share.tokens
     return Run(
         settings,
+        world,
+        folder,
         engine,
         stream,
-        lambda start, stop, is_stopping: Loader(stream, start, stop, device, settings.data.num_threads, is_stopping),
-        lambda: heldout_batches(data, training.num_tokens_per_step, settings.data.max_validation_tokens),
+        lambda start, stop, is_stopping: Loader(stream, start, stop, world.device, config.num_threads, is_stopping),
+        lambda: heldout_batches(
+            data, training.num_tokens_per_step, config.max_validation_tokens, readers.rank, readers.size
+        ),
         checkpoints,
-        MetricsFile(folder / "metrics.jsonl", engine.steps_done),
-        WandbRun(settings.tracking, folder, folder.name, settings.study, asdict(settings)),
+        _tracker(settings, folder, engine.steps_done) if world.is_main else Nowhere(),
         None if state is None else engine.steps_done,
     )
 
 
+def _tracker(settings: TrainSettings, folder: Path, steps_done: int) -> Tracker:
+    """Where rank 0 writes, beginning with what was composed."""
+    publish(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(settings)).encode())
+    return Tracker(settings.tracking, folder, steps_done, settings.study, asdict(settings))
+
+
 @contextmanager
 def _explained(run: Run) -> Iterator[None]:
-    """What to do about a step that was not finite."""
+    """What to do about a step that was not finite, which all ranks meet together. Whatever else ends the only process,
+    the save under way is finished.
+    """
     try:
         yield
     except FloatingPointError as error:
         step, training = run.engine.steps_done, run.settings.training
+        if run.world.is_main:
+            divergence.record(run.folder, run.stream, step, str(error))
+        run.checkpoints.wait()
+        run.world.from_main(None)  # nobody ends before rank 0 has written
         raise BadInput(
             f"Training diverged at step {step} ({run.stream.describe(step)}): {error} Nothing of this step was kept. "
             f"Lower training.lr={training.lr:g} or lengthen training.warmup_steps={training.warmup_steps}. "
-            f"Good checkpoints lie in {run.checkpoints.folder}."
+            f"Good checkpoints lie in {run.checkpoints.folder}; {run.folder / divergence.FILE} says where the batch "
+            f"comes from."
         ) from error
+    except Exception:
+        if run.world.everyone.size == 1:
+            run.checkpoints.wait()
+        raise

@@ -107,14 +107,14 @@ def write_latents(path: Path, models: list[str], own: set[int], seed: int = 0) -
 
 
 def write_latents_of_many(path: Path, models: list[str], own: dict[str, set[int]], seed: int = 0) -> None:
-    """`latents.parquet` of more than two models: `own` latents have decoder norm 1 in their model and 0 elsewhere."""
+    """`latents.parquet` of more than two models: `own` latents have decoder norm 1 in their owner's and 0 elsewhere."""
     rng = np.random.default_rng(seed)
     owner = np.full(NUM_LATENTS, "other", dtype=object)
     norms = {model: rng.uniform(0.5, 1.0, NUM_LATENTS) for model in models}
     for mine, latents in own.items():
         owner[sorted(latents)] = mine
         for model in models:
-            norms[model][sorted(latents)] = float(model == mine)
+            norms[model][sorted(latents)] = float(model in mine.split("+"))
     constants = {"frequency": 0.01, "num_active_tokens": 9, "mean_activation": 1.0, "max_activation": 12.0}
     columns = {"latent": np.arange(NUM_LATENTS), "owner": owner.astype(str), "dedicated": owner != "other"}
     columns |= {name: np.full(NUM_LATENTS, value) for name, value in constants.items()}
@@ -124,7 +124,8 @@ def write_latents_of_many(path: Path, models: list[str], own: dict[str, set[int]
             delta = 0.5 * ((norms[b] - norms[a]) / np.maximum(norms[a], norms[b]) + 1)
         columns[f"delta_norm_{a}_{b}"] = delta
         for name in ("nu_error", "nu_reconstruction"):
-            low, high = (np.where(owner == a, bound, bound + 0.7) for bound in (0.05, 0.15))
+            mine = np.array([a in name.split("+") and b not in name.split("+") for name in owner])
+            low, high = (np.where(mine, bound, bound + 0.7) for bound in (0.05, 0.15))
             columns[f"{name}_{a}_{b}"] = np.where(norms[a] > 0, rng.uniform(low, high), np.nan)
     pq.write_table(pa.table(columns), path)
 

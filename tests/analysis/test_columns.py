@@ -10,7 +10,16 @@ import pytest
 
 from analysis import figures
 from analysis.cards import nearest_to, read_rows
-from analysis.columns import delta_norm_of, models_of, nu_of, of_two_models, read_columns
+from analysis.columns import (
+    delta_norm_of,
+    members_of,
+    models_of,
+    nu_of,
+    of_two_models,
+    owner_name,
+    owners_in_order,
+    read_columns,
+)
 from analysis.config import OwnerConfig
 from tests.analysis.made_study import NUM_LATENTS, write_latents, write_latents_of_many
 
@@ -38,6 +47,36 @@ def test_two_of_three_models_look_like_a_crosscoder_of_these_two(folder: Path, t
     assert seen["delta_norm"][9] == 0 and set(seen["delta_norm"][sorted(OWN[tuned])]) == {1}
     np.testing.assert_array_equal(seen[f"nu_error_{tuned}"], columns[f"nu_error_{tuned}_base"])
     np.testing.assert_array_equal(seen["nu_reconstruction_base"], columns[f"nu_reconstruction_base_{tuned}"])
+
+
+@pytest.mark.parametrize(
+    ("owner", "members"), [("base", [0]), ("simpo+dpo", [1, 2]), ("shared", [0, 1, 2]), ("other", []), ("dead", [])]
+)
+def test_an_owner_is_a_set_of_models(owner: str, members: list[int]) -> None:
+    names = [MODELS[member] for member in members]
+    assert members_of(owner, MODELS) == names
+    assert owner_name(names, MODELS) == (owner if owner != "dead" else "other")
+
+
+def test_owners_are_ordered_by_size_and_then_as_the_models_are() -> None:
+    found = ["dead", "simpo+dpo", "shared", "dpo", "base+dpo", "other", "base", "base+simpo"]
+    assert owners_in_order(found, MODELS) == ["base", "dpo", "base+simpo", "base+dpo", "simpo+dpo"]
+
+
+@pytest.mark.parametrize(
+    ("pair", "expected"),
+    [
+        (("base", "simpo"), ["shared", "simpo", "base", "dead"]),
+        (("base", "dpo"), ["base", "dpo", "shared", "dead"]),
+        (("simpo", "dpo"), ["simpo", "shared", "dpo", "dead"]),
+    ],
+)
+def test_two_of_three_models_see_their_part_of_an_owner(
+    folder: Path, pair: tuple[str, str], expected: list[str]
+) -> None:
+    columns = read_columns(folder)
+    columns["owner"] = np.resize(np.array(["base+simpo", "simpo+dpo", "base+dpo", "dead"]), NUM_LATENTS)
+    assert of_two_models(columns, MODELS, *pair)["owner"].tolist() == expected * (NUM_LATENTS // 4)
 
 
 def test_two_models_are_themselves(tmp_path: Path) -> None:
@@ -73,6 +112,9 @@ def test_the_worst_of_several_models_counts() -> None:
     assert delta_norm_of(ROW, models, "s") == 0.8  # 0.9 towards b, 0.8 towards d
     assert nu_of(ROW, models, "s") == (-0.4, 0.3)
     assert all(math.isnan(value) for value in nu_of(ROW, models, "b"))  # first or last, NaN passes no threshold
+    # b and s against d: 0.3 and 0.2, of which 0.3 speaks more against them. s and d against b: 0.9 and 0.3, so 0.3.
+    assert (delta_norm_of(ROW, models, "b+s"), delta_norm_of(ROW, models, "s+d")) == (0.3, 0.3)
+    assert nu_of({**ROW, "nu_error_d_b": 0.2, "nu_reconstruction_d_b": -0.9}, models, "s+d") == (0.2, -0.9)
     assert delta_norm_of({"delta_norm": 0.2}, models[:2], "s") == 0.2
     assert nu_of({"nu_error_s": 0.1, "nu_reconstruction_s": 0.2}, models[:2], "s") == (0.1, 0.2)
 

@@ -199,6 +199,28 @@ def test_a_crosscoder_of_three_models_has_figures_of_each_tuned_one(tmp_path: Pa
     assert any(compared in words(element.text) for element in page.all("h3"))
 
 
+def test_latents_of_two_of_three_models_are_counted_and_have_cards(tmp_path: Path) -> None:
+    settings, (folder, _) = make_study(tmp_path)
+    own = {"simpo": {300}, "base+dpo": {301}, "simpo+dpo": {302}}
+    write_latents_of_many(folder / "latents.parquet", ["base", "simpo", "dpo"], own)
+    analyse(settings, [folder])
+    page = Page(report(settings, [folder]).read_text(encoding="utf-8"))
+    rows = [words(row.text) for row in page.all("tr")]
+    assert any(row.startswith("base_simpo base 0 simpo 1 dpo 0 base+dpo 1, simpo+dpo 1 0 397") for row in rows)
+    cards_by_id = {card.attributes["id"]: words(card.text) for card in page.all("article")}
+    assert list(cards_by_id) == ["base_simpo-300", "base_simpo-301", "base_simpo-302"]
+    assert "base+dpo only" in cards_by_id["base_simpo-301"] and "Δ-norm 0.00" in cards_by_id["base_simpo-301"]
+    assert "simpo+dpo only" in cards_by_id["base_simpo-302"] and "Δ-norm 1.00" in cards_by_id["base_simpo-302"]
+    options = [option.attributes["value"] for option in page.all("option")]
+    assert "simpo+dpo in base_simpo" in options and "base in base_simpo" not in options
+    assert "one model alone, or of several but not all" in words(page.all("section")[3].text)
+    owners = (tmp_path / "report" / "tables" / "owners.csv").read_text().splitlines()
+    counts = ["base,0", "simpo,1", "dpo,0", "base+dpo,1", "simpo+dpo,1", "shared,0", "other,397", "dead,0"]
+    assert owners[1:] == [f"base_simpo,{count},400" for count in counts]
+    described = {line["owner"] for line in map(json.loads, (folder / "annotations.jsonl").open())}
+    assert described == set(own)
+
+
 HOSTILE = "<script>alert(1)</script> & \"quoted\" 'single' </div><img src=x onerror=alert(2)> {{ 7 * 7 }}"
 
 

@@ -1,11 +1,13 @@
 """Latent scaling against regressions over an explicit (tokens x width) design, and the owners on planted latents."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from analysis.config import OwnerConfig
-from analysis.scaling import Codes, ScalingSums, decoder_gram, delta_norm, delta_norm_tags, may_be_owned, nu, owners
+from analysis.scaling import Codes, ScalingSums, decoder_gram, delta_norm, delta_norm_tags, holders, nu, owners
 
 D = 6
 
@@ -91,15 +93,16 @@ def test_sums_by_hand() -> None:
     assert sums.recons.flatten().tolist() == [20, 9, 0]
 
 
-def orthogonal_case(decoder: dict[int, tuple[float, float]], x_gain: dict[int, tuple[float, float]]):
-    """Latents along the axes that fire one at a time, with decoder norms and true gains given for (base, tuned)."""
+def orthogonal_case(decoder: dict[int, tuple[float, ...]], x_gain: dict[int, tuple[float, ...]]):
+    """Latents along the axes that fire one at a time, with decoder norms and true gains given by model, base first."""
+    num_models = len(decoder[0])
     acts_BL = 2.0 * torch.eye(D, dtype=torch.float64)
-    W_dec_LMD, x_BMD = torch.zeros(D, 2, D, dtype=torch.float64), torch.zeros(D, 2, D, dtype=torch.float64)
+    W_dec_LMD, x_BMD = (torch.zeros(D, num_models, D, dtype=torch.float64) for _ in range(2))
     for j, norms in decoder.items():
-        for m in range(2):
+        for m in range(num_models):
             W_dec_LMD[j, m, j] = norms[m]
             x_BMD[j, m, j] = 2.0 * x_gain.get(j, norms)[m]
-    return acts_BL, W_dec_LMD, torch.zeros(2, D, dtype=torch.float64), x_BMD
+    return acts_BL, W_dec_LMD, torch.zeros(num_models, D, dtype=torch.float64), x_BMD
 
 
 def owners_of(case, dedicated: list[int] | None = None) -> list[str]:
@@ -108,7 +111,8 @@ def owners_of(case, dedicated: list[int] | None = None) -> list[str]:
     dedicated_owner = np.full(len(norms), -1) if dedicated is None else np.array(dedicated)
     nus = [value.numpy() for value in nu(sums, gram)]
     deltas = delta_norm(norms).numpy()
-    return owners(deltas, *nus, sums.num_active.numpy() > 0, dedicated_owner, ["pt", "it"], OwnerConfig()).tolist()
+    fired_L, models = sums.num_active.numpy() > 0, ["pt", "it", "simpo"][: norms.shape[1]]
+    return owners(deltas, *nus, fired_L, dedicated_owner, models, OwnerConfig()).tolist()
 
 
 def test_owners_of_planted_latents() -> None:
@@ -199,10 +203,76 @@ def test_delta_norm_and_its_tags() -> None:
     assert tags.tolist() == ["pt-only", "it-only", "shared", "other", "other", "dead"]
 
 
-def test_three_models_need_every_pair() -> None:
-    norms_LM = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 0, 0], [1, 1, 1]])
-    allowed = may_be_owned(delta_norm(norms_LM).numpy(), np.full(4, -1), OwnerConfig())
-    assert allowed.tolist() == [[False, False, True], [False] * 3, [True, False, False], [False] * 3]
+def test_one_and_two_of_three_models_own_planted_latents() -> None:
+    case = orthogonal_case({0: (1, 0, 0), 1: (0, 1, 0), 2: (0, 0, 1), 3: (1, 1, 0), 4: (1, 0, 1), 5: (0, 1, 1)}, {})
+    assert owners_of(case) == ["pt", "it", "simpo", "pt+it", "pt+simpo", "it+simpo"]
+    case[0][5] = 0
+    assert owners_of(case)[5] == "dead"
+
+
+def test_what_keeps_a_latent_from_two_of_three_models() -> None:
+    """0 pt uses without a row of its own, of 1 pt has half a row, of 2 `it` has half a row, 3 all have, 4 nobody has.
+    Of 5 pt and `it` have remnants, one twice the other: simpo's alone all the same.
+    """
+    norms = {0: (0, 1, 1), 1: (0.5, 1, 1), 2: (0, 0.5, 1), 3: (1, 1, 1), 4: (0, 0, 0), 5: (0.05, 0.1, 1)}
+    case = orthogonal_case(norms, {0: (0.9, 1, 1)})
+    assert owners_of(case) == ["other", "other", "other", "shared", "other", "simpo"]
+
+
+def test_decoder_norms_allow_at_most_one_set_of_models() -> None:
+    norms_LM = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 0, 0], [1, 1, 1], [0, 0.5, 1]])
+    held = holders(delta_norm(norms_LM).numpy(), np.full(5, -1), OwnerConfig())
+    assert held.astype(int).tolist() == [[0, 0, 1], [0, 1, 1], [1, 0, 0], [1, 1, 1], [0, 0, 0]]
+    dedicated = holders(delta_norm(norms_LM).numpy(), np.full(5, 1), OwnerConfig())
+    assert dedicated.astype(int).tolist() == [[0, 1, 0]] * 5
+
+
+def owner_by_trying(delta_MM, nu_error_MM, nu_reconstruction_MM, models: list[str]) -> str:
+    """The owner of one ordinary latent: the rules of a pair, applied to every ordered pair of every set of models."""
+
+    def shared(a: int, b: int) -> bool:
+        return bool(0.4 <= delta_MM[min(a, b), max(a, b)] <= 0.6)
+
+    def only(a: int, b: int) -> bool:
+        without = delta_MM[a, b] < 0.1 if a < b else delta_MM[b, a] > 0.9
+        return bool(without and abs(nu_error_MM[a, b]) < 0.2 and abs(nu_reconstruction_MM[a, b]) < 0.5)
+
+    numbers = range(len(models))
+    fitting = [
+        members
+        for size in range(1, len(models) + 1)
+        for members in itertools.combinations(numbers, size)
+        if all(shared(a, b) for a, b in itertools.permutations(members, 2))
+        and all(only(a, b) for a in members for b in numbers if b not in members)
+    ]
+    assert len(fitting) <= 1
+    if not fitting:
+        return "other"
+    return "shared" if len(fitting[0]) == len(models) else "+".join(models[m] for m in fitting[0])
+
+
+@pytest.mark.parametrize(("num_models", "num_owners"), [(2, 4), (3, 8), (4, 16)])
+def test_owners_equal_trying_every_set(num_models: int, num_owners: int) -> None:
+    rng, models = np.random.default_rng(num_models), ["a", "b", "c", "d"][:num_models]
+    norms_LM = rng.choice([0, 0.04, 0.19, 0.21, 0.8, 1.0], (4000, num_models), p=[0.3, 0.1, 0.03, 0.02, 0.15, 0.4])
+    nus = [rng.choice([0, -0.19, 0.21, np.nan], (4000, *[num_models] * 2), p=[0.6, 0.36, 0.03, 0.01]) for _ in range(2)]
+    nus[1] *= 2.5  # limits of 0.5 instead of 0.2
+    deltas = delta_norm(torch.tensor(norms_LM)).numpy()
+    found = owners(deltas, *nus, np.full(4000, True), np.full(4000, -1), models, OwnerConfig()).tolist()
+    assert found == [owner_by_trying(*latent, models) for latent in zip(deltas, *nus, strict=True)]
+    assert len(set(found)) == num_owners  # every set occurs, and `other`
+
+
+@pytest.mark.parametrize(
+    ("focus", "other", "expected"),
+    [(1, 0, "other"), (2, 0, "other"), (1, 2, "b+c"), (2, 1, "b+c"), (0, 1, "b+c"), (0, 2, "b+c")],
+)
+def test_two_of_three_models_are_judged_by_nu_towards_the_third(focus: int, other: int, expected: str) -> None:
+    nu_error = np.zeros((1, 3, 3))
+    nu_error[0, focus, other] = 0.21
+    deltas, free = delta_norm(torch.tensor([[0.0, 1, 1]])).numpy(), np.array([-1])
+    for nus in ((nu_error, np.zeros((1, 3, 3))), (np.zeros((1, 3, 3)), 2.5 * nu_error)):
+        assert owners(deltas, *nus, np.array([True]), free, ["a", "b", "c"], OwnerConfig()).tolist() == [expected]
 
 
 @pytest.mark.parametrize(("other", "expected"), [(0, "other"), (1, "other"), (2, "c")])

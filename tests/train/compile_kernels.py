@@ -21,6 +21,7 @@ KERNELS = [
     (kernels._row_gradients, {"ACCUMULATE": False, "BLOCK": 1024}),
     (kernels._row_gradients, {"ACCUMULATE": True, "BLOCK": 64}),
     (kernels._adam_rows, {"NUM_BLOCKS": 7, "BLOCK": 512}),
+    (kernels._adam_rows, {"norms_ptr": None, "NUM_BLOCKS": 14, "BLOCK": 512}),
 ]
 
 

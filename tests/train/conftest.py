@@ -3,10 +3,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from pool import close_pools
 
 from extract import live
 from train.config import TrainSettings
 from train.online import OnlineActivations
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_processes_stay() -> Iterator[None]:
+    """Ends the pools of processes after the last test."""
+    yield
+    close_pools()
 
 
 @pytest.fixture

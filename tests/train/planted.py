@@ -72,3 +72,13 @@ def settings_of(folder: Path) -> TrainSettings:
         data=DataConfig(heldout_fraction=0.2),
         tracking=TrackingConfig(mode="disabled"),
     )
+
+
+def train_arguments(study: Path, num_tokens: int) -> list[str]:
+    """A small run over the store of `random_store(study / "store")`, as a command line."""
+    arguments = ["experiment=pair", "models.base=a", "models.tuned=b", f"hookpoint={HOOKPOINT}", f"outputs={study}"]
+    arguments += ["crosscoder.num_latents=32", "crosscoder.k=3", "crosscoder.threshold_start_step=5"]
+    arguments += ["crosscoder.dead_after_tokens=200", "data.heldout_fraction=0.2", "tracking.mode=disabled"]
+    arguments += [f"training.num_tokens={num_tokens}", "training.num_tokens_per_step=32", "training.warmup_steps=4"]
+    arguments += ["training.log_every=1", "training.validate_every=50", "training.checkpoint_every=20"]
+    return ["-m", "train", *arguments, "training.device=cpu"]

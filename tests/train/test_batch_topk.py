@@ -260,10 +260,40 @@ def test_more_than_2_to_the_31_scores():
     assert torch.equal(selection.token[selection.latent == 999], torch.arange(999))
 
 
-def test_with_fixed_sizes_nothing_waits_for_a_value():
+@pytest.mark.parametrize("fixed_size", [False, True])
+def test_numbers_of_tokens_break_ties(fixed_size):
+    """Rows 0, 1, 2 are tokens 5, 0, 3 of 7: of equal scores row 1 comes first, then row 2."""
+    numbers = {"token_B": torch.tensor([5, 0, 3]), "fixed_size": fixed_size}
+    first_five = [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)]
+    for num_selected, expected in ((1, [(1, 0)]), (3, [(1, 0), (1, 1), (2, 0)]), (5, first_five)):
+        top = TopScores(num_selected, 7, 2, torch.device("cpu"), **numbers)
+        top.add(torch.ones(3, 2), torch.ones(2))
+        assert places(top.finish().selection) == expected
+
+
+def test_free_slots_lie_where_the_rank_has_rows_and_columns():
+    """Columns 4 and 5 of 9, and 3 of 50 tokens; one score is positive, two slots stay free."""
+    token_B = torch.tensor([40, 2, 9])
+    top = TopScores(3, 50, 9, torch.device("cpu"), fixed_size=True, token_B=token_B, first_latent=4)
+    top.add(torch.tensor([[-1.0, -1.0], [-1.0, 3.0], [0.0, -1.0]]), torch.ones(2))
+    selected = top.finish()
+    assert places(selected.selection) == [(1, 1), (2, 1), (2, 1)]
+    assert selected.score_S.tolist() == [3.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("fixed_size", [False, True])
+def test_a_rank_without_tokens(fixed_size):
+    none = torch.zeros(0, dtype=torch.int64)
+    top = TopScores(3, 50, 9, torch.device("cpu"), fixed_size=fixed_size, token_B=none)
+    top.add(torch.ones(0, 9), torch.ones(9))
+    assert not top.finish().score_S.count_nonzero()
+
+
+@pytest.mark.parametrize("token_B", [None, torch.arange(8)])
+def test_with_fixed_sizes_nothing_waits_for_a_value(token_B):
     """Fake tensors have no values: whatever asks for one, or for a size that depends on one, raises."""
-    with FakeTensorMode():
-        top = TopScores(9, 8, 20, torch.device("cpu"), all_reduce=lambda counts: counts, fixed_size=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        top = TopScores(9, 8, 20, torch.device("cpu"), lambda counts: counts, True, token_B)
         for first in (0, 10):
             top.add(torch.empty(8, 10), torch.empty(10), first)
         selected = top.finish()

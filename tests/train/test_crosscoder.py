@@ -148,6 +148,47 @@ def test_dedicated_latents_have_rows_of_their_owner_alone():
     assert crosscoder.latent_scale()[:7].tolist() == pytest.approx([1.0] * 6 + [2.0])
 
 
+def part_of(whole, latents):
+    part = Crosscoder(whole.config, whole.models, whole.d_model, whole.hookpoint, latents)
+    rows = slice(latents.start, latents.stop)
+    with torch.no_grad():
+        for name in ("W_enc", "b_enc", "W_dec"):
+            getattr(part, name).copy_(getattr(whole, name)[rows])
+    return part
+
+
+@pytest.mark.parametrize("kind", ["crosscoder", "sae", "none"])
+def test_parts_together_compute_what_the_whole_does(kind):
+    """Codes side by side are those of the whole; reconstructions add up to it, the bias coming from none of them."""
+    whole = random_crosscoder(num_models=3, num_latents=20, dedicated=0.1, code_normalization=kind)
+    whole.zero_foreign_rows(whole.W_enc, whole.W_dec)
+    parts = [part_of(whole, latents) for latents in (range(5), range(5, 6), range(6, 20))]
+    assert [part.num_latents for part in parts] == [5, 1, 14]
+    x_BMD = torch.randn(7, 3, 4, generator=torch.Generator().manual_seed(1))
+    for name in ("pre_activations", "latent_scale", "foreign_rows"):
+        arguments, dim = ((x_BMD,), 1) if name == "pre_activations" else ((), 0)
+        together = torch.cat([getattr(part, name)(*arguments) for part in parts], dim)
+        torch.testing.assert_close(together, getattr(whole, name)(*arguments))
+    assert torch.equal(torch.cat([part.dedicated_owner for part in parts]), whole.dedicated_owner)
+    acts_BL = whole.pre_activations(x_BMD)
+    partial = [part.reconstruct(acts_BC) for part, acts_BC in zip(parts, acts_BL.split([5, 1, 14], 1), strict=True)]
+    torch.testing.assert_close(sum(partial) + whole.b_dec.view(3, 4), whole.reconstruct(acts_BL))
+
+
+def test_a_part_zeroes_its_own_foreign_rows():
+    """Of 20 latents 0 and 1 belong to the first model, 2 and 3 to the second; the part has latents 1 to 4."""
+    part = Crosscoder(CrosscoderConfig(num_latents=20, k=2, dedicated=0.1), ["a", "b"], 3, "block0", range(1, 5))
+    weight_LW = torch.ones(4, 6)
+    part.zero_foreign_rows(weight_LW)
+    assert weight_LW.view(4, 2, 3)[:, :, 0].tolist() == [[1, 0], [0, 1], [0, 1], [1, 1]]
+
+
+def test_a_part_is_not_saved(tmp_path):
+    with pytest.raises(AssertionError, match="A part of a crosscoder"):
+        part_of(random_crosscoder(), range(3)).save(tmp_path / "crosscoder")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_loaded_equals_what_was_saved(tmp_path):
     crosscoder = random_crosscoder(dedicated=0.25, loss="squared")
     crosscoder.threshold = 0.1 + 0.2

@@ -171,8 +171,22 @@ def test_held_out_batches_cover_held_out_tokens_once(pairs):
     rows = pairs.heldout_rows(None)
     kept_heldout = set(np.flatnonzero(pairs.kept.mask)) - set(all_train_rows(pairs))
     assert Counter(rows.tolist()) == Counter(int(row) for row in kept_heldout)
-    assert torch.equal(torch.cat(batches), everything[rows])
-    assert sum(len(batch) for batch in heldout_batches(pairs, 16, 40)) == 40
+    assert torch.equal(torch.cat([x_BMD for x_BMD, _ in batches]), everything[rows])
+    assert sum(len(x_BMD) for x_BMD, _ in heldout_batches(pairs, 16, 40)) == 40
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 4])
+def test_parts_of_held_out_batches_make_them_whole(pairs, num_parts):
+    """Also a last batch of fewer tokens than there are parts."""
+    whole = list(heldout_batches(pairs, 16, 35))
+    assert [len(x_BMD) for x_BMD, _ in whole] == [16, 16, 3]
+    parts = [list(heldout_batches(pairs, 16, 35, part, num_parts)) for part in range(num_parts)]
+    for batch, (x_BMD, token_B) in enumerate(whole):
+        assert token_B.tolist() == list(range(len(x_BMD)))
+        x_parts, token_parts = zip(*(part[batch] for part in parts), strict=True)
+        order_B = torch.cat(token_parts).argsort()
+        assert torch.equal(torch.cat(x_parts)[order_B], x_BMD)
+        assert x_parts[-1].shape[1:] == (2, 6)
 
 
 def test_a_limit_takes_held_out_documents_in_the_order_of_their_hashes(pairs):

@@ -8,7 +8,7 @@ import torch
 from train import encoder
 from train.config import CrosscoderConfig
 from train.crosscoder import Crosscoder
-from train.encoder import CHUNK_BYTES, Operands, chunk_latents, encoder_chunks
+from train.encoder import CHUNK_BYTES, Copies, Operands, chunk_latents, encoder_chunks
 
 
 def random_crosscoder(num_latents=37, code_normalization="crosscoder"):
@@ -27,7 +27,7 @@ def test_chunks_are_the_columns_of_the_whole_product(monkeypatch, chunk_bytes):
     crosscoder, x_BW = random_crosscoder()
     expected_BL = x_BW @ crosscoder.W_enc.detach().T + crosscoder.b_enc.detach()
     position, memory = 0, set()
-    for first, pre_BC in encoder_chunks(x_BW, Operands(crosscoder)):
+    for first, pre_BC in encoder_chunks(x_BW, Operands.of(crosscoder)):
         assert first == position
         torch.testing.assert_close(pre_BC, expected_BL[:, first : first + pre_BC.shape[1]])
         position += pre_BC.shape[1]
@@ -45,13 +45,14 @@ def test_a_chunk_fits_its_bytes_and_holds_one_latent_at_least():
 
 def test_bf16_operands_are_rounded_copies_that_refresh_reads_again():
     crosscoder, x_BW = random_crosscoder()
-    operands = Operands(crosscoder, torch.bfloat16)
+    copies = Copies(crosscoder, torch.bfloat16)
+    operands = copies.operands
     assert operands.W_dec.data_ptr() == crosscoder.W_dec.data_ptr()
     with torch.no_grad():
         crosscoder.W_enc.mul_(1.3)
         crosscoder.b_enc.add_(1.0)
         crosscoder.W_dec.mul_(2.0)
-    operands.refresh()
+    copies.refresh()
     exact_BL = x_BW.bfloat16().double() @ crosscoder.W_enc.bfloat16().double().T + crosscoder.b_enc.bfloat16().double()
     for first, pre_BC in encoder_chunks(x_BW, operands):
         assert pre_BC.dtype == torch.bfloat16
@@ -65,7 +66,7 @@ def test_the_scale_comes_from_decoder_norms_at_hand(kind):
     crosscoder, _ = random_crosscoder(code_normalization=kind)
     norms_LM = torch.arange(74.0).view(37, 2)
     expected = {"crosscoder": norms_LM.sum(1), "sae": norms_LM.square().sum(1).sqrt(), "none": torch.ones(37)}[kind]
-    operands = Operands(crosscoder)
-    operands.norms_LM = norms_LM
-    operands.refresh_small()
-    torch.testing.assert_close(operands.scale_L, expected)
+    copies = Copies(crosscoder)
+    copies.norms_LM.copy_(norms_LM)
+    copies.refresh_small()
+    torch.testing.assert_close(copies.operands.scale_L, expected)

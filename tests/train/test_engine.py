@@ -7,15 +7,16 @@ from copy import deepcopy
 
 import pytest
 import torch
-from engines import assert_same_state, batches, engine_of, snapshot
+from engines import assert_same_state, batches, engine_of, measured, saved, snapshot
+from plain_readable import readable_losses
 from planted import settings_of
 from scipy.optimize import linear_sum_assignment
 
 from extract.errors import BadInput
 from train.config import CrosscoderConfig, TrainingConfig
-from train.engine import SingleEngine, learning_rate_factor
-from train.losses import readable_forward, training_losses
+from train.engine import Engine, learning_rate_factor
 from train.metrics import VarianceExplained, validation_metrics
+from train.world import World
 
 
 def test_learning_rate_rises_stays_and_falls():
@@ -32,8 +33,8 @@ def test_learning_rate_rises_stays_and_falls():
 def test_steps_equal_adam_written_out(tmp_path, step):
     """Clipping by the global norm, the schedule, bias-corrected Adam and the clocks, in float64 loops over steps."""
     engine = engine_of(tmp_path, step)
-    config, training = engine.crosscoder.config, settings_of(tmp_path).training
-    engine._adam._max_norm = 0.3
+    training = settings_of(tmp_path).training
+    engine._placement._adam._max_norm = 0.3
     data = batches(20)
     engine.initialise(data[0])
     slow = deepcopy(engine.crosscoder).double()
@@ -45,8 +46,8 @@ def test_steps_equal_adam_written_out(tmp_path, step):
         dead_L = torch.tensor([tokens >= 192 for tokens in silent])
         dead_seen += int(dead_L.sum())
         slow.zero_grad()
-        forward = readable_forward(slow, x_BMD, 3 * 32, dead_L)
-        training_losses(config, x_BMD, forward).total.backward()
+        selection, score_S, losses, *_ = readable_losses(slow, x_BMD, 3 * 32, dead_L)
+        losses.total.backward()
         slow.zero_foreign_rows(slow.W_enc.grad, slow.W_dec.grad)
         norm = math.sqrt(sum(weight.grad.square().sum().item() for weight in slow.parameters()))
         clipped += norm > 0.3
@@ -57,16 +58,16 @@ def test_steps_equal_adam_written_out(tmp_path, step):
                 m.mul_(0.9).add_(gradient, alpha=0.1)
                 v.mul_(0.999).add_(gradient.square(), alpha=0.001)
                 weight -= rate * (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
-        fired = set(forward.selection.latent.tolist())
+        fired = set(selection.latent.tolist())
         silent = [0 if j in fired else tokens + 32 for j, tokens in enumerate(silent)]
-        smallest = min(forward.score_S.tolist())
+        smallest = min(score_S.tolist())
         if t >= 5:
             threshold = smallest if threshold is None else 0.9 * threshold + 0.1 * smallest
         metrics = engine.step(raw)
         assert metrics["train/grad_norm"] == pytest.approx(norm, rel=1e-3)
         assert metrics["train/lr"] == rate
         assert metrics["train/dead"] == int(dead_L.sum())
-        assert metrics["train/l0"] == len(forward.score_S) / 32
+        assert metrics["train/l0"] == len(score_S) / 32
         assert engine._clocks.silent_tokens_L.tolist() == silent
         if threshold is None:
             assert "train/threshold" not in metrics
@@ -126,7 +127,7 @@ def test_bf16_trains_like_fp32_on_fp32_weights(tmp_path, step):
         data = batches(40)
         engine.initialise(data[0])
         losses[precision] = [engine.step(raw)["train/loss"] for raw in data]
-        assert {tensor.dtype for name, tensor in engine.state().tensors.items() if "adam" in name} == {torch.float32}
+        assert {piece.rows.dtype for name, piece in engine.state().tensors.items() if "adam" in name} == {torch.float32}
         assert engine.crosscoder.W_enc.dtype == torch.float32
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
     assert losses["bf16"] != losses["fp32"]
@@ -136,11 +137,11 @@ def test_validation_changes_nothing(tmp_path):
     engine = engine_of(tmp_path)
     data = batches(8)
     engine.initialise(data[0])
-    assert "val/variance_explained/tuned" in engine.evaluate(iter(data))
+    assert "val/variance_explained/tuned" in engine.evaluate(measured(data))
     for raw in data:
         engine.step(raw)
         before = snapshot(engine)
-        engine.evaluate(iter(data))
+        engine.evaluate(measured(data))
         assert_same_state(before, engine.state())
 
 
@@ -150,7 +151,7 @@ def test_a_loaded_state_continues_bit_for_bit(tmp_path):
     engine.initialise(data[0])
     for raw in data[:9]:
         engine.step(raw)
-    other.load_state(snapshot(engine))
+    other.load_state(saved(engine))
     for raw in data[9:]:
         ours, theirs = engine.step(raw), other.step(raw)
         assert ours == theirs
@@ -177,10 +178,10 @@ def test_validation_uses_inference_codes_once_there_is_a_threshold(tmp_path):
     engine = engine_of(tmp_path)
     data = batches(3)
     engine.initialise(data[0])
-    assert validation_metrics(engine.crosscoder, data)["val/l0"] == 3.0
+    assert validation_metrics(engine.crosscoder, measured(data))["val/l0"] == 3.0
     engine.crosscoder.threshold = 0.5
     acts = torch.cat([engine.crosscoder.encode(x) for x in data])
-    metrics = validation_metrics(engine.crosscoder, data)
+    metrics = validation_metrics(engine.crosscoder, measured(data))
     assert metrics["val/l0"] == int((acts > 0).sum()) / 96
     x, recons = engine.crosscoder.scale(torch.cat(data)), engine.crosscoder.scale(engine.crosscoder.decode(acts))
     for m, model in enumerate(("base", "tuned")):
@@ -216,7 +217,7 @@ def test_a_planted_dictionary_is_recovered_and_owners_are_right(tmp_path):
     )
     settings = settings_of(tmp_path)
     settings.crosscoder, settings.training = config, training
-    engine = SingleEngine(settings, ["base", "tuned"], 24, torch.zeros(2, 24), torch.ones(2))
+    engine = Engine(settings, ["base", "tuned"], 24, torch.zeros(2, 24), torch.ones(2), World.alone())
     directions, data = planted_batches(720, 256, torch.Generator().manual_seed(0))
     engine.initialise(data[0])
     for raw in data[:700]:
@@ -236,6 +237,6 @@ def test_a_planted_dictionary_is_recovered_and_owners_are_right(tmp_path):
         share = norms[group, model] / norms[group].sum(1)
         assert (share[recovered[group]] > 0.8).all()
         assert (owner[group] == model).any()
-    explained = engine.evaluate(data[700:])
+    explained = engine.evaluate(measured(data[700:]))
     assert min(explained[f"val/variance_explained/{model}"] for model in ("base", "tuned")) > 0.8
     assert explained["val/l0"] == pytest.approx(3, rel=0.25)

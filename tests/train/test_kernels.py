@@ -14,10 +14,11 @@ kernels = pytest.importorskip("train.kernels")
 
 from planted import settings_of  # noqa: E402
 
-from train import optimiser, products  # noqa: E402
+from train import optimiser, products, single  # noqa: E402
 from train.batch_topk import Selection  # noqa: E402
-from train.engine import SingleEngine  # noqa: E402
+from train.engine import Engine  # noqa: E402
 from train.products import ByLatent, ByToken, Gradients, TorchProducts  # noqa: E402
+from train.world import World  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # tokens, width, latents, share of the codes that is positive
@@ -143,7 +144,7 @@ def test_every_kernel_compiles_for_gpus(tmp_path):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
-    assert len(lines) == 2 * 2 * 5
+    assert len(lines) == 2 * 2 * 6
     assert all(int(line.split()[-1]) > 1000 for line in lines)  # bytes of machine code
 
 
@@ -167,6 +168,17 @@ def test_adam_rows_equal_torch_and_leave_norms_and_copies(copy_dtype):
     torch.testing.assert_close(norms, weight.view(5, 2, 72).norm(dim=2), rtol=1e-6, atol=0)
 
 
+def test_adam_rows_are_the_same_where_nobody_wants_norms():
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.rand(5, 2 * 72, generator=generator).to(DEVICE) for _ in range(5)]
+    rates = torch.tensor([0.1, 1.0, 0.5, 0.0], device=DEVICE)
+    (*both, copy), (*others, other_copy) = tensors, [tensor.clone() for tensor in tensors]
+    kernels.adam_rows(*both, rates, (0.9, 0.99), 1e-8, copy, torch.empty(5, 2, device=DEVICE))
+    kernels.adam_rows(*others, rates, (0.9, 0.99), 1e-8, other_copy)
+    for with_norms, without in zip([*both, copy], [*others, other_copy], strict=True):
+        assert torch.equal(with_norms, without)
+
+
 def test_adam_rows_told_to_skip_touch_nothing():
     tensors = [torch.full((3, 10), value, device=DEVICE) for value in (1.0, torch.nan, 3.0, 4.0, 5.0)]
     norms = torch.full((3, 2), 7.0, device=DEVICE)
@@ -188,10 +200,9 @@ def test_a_run_on_kernels_equals_one_on_torch(tmp_path, monkeypatch, precision):
     for on_kernels in (False, True):
         if on_kernels:
             monkeypatch.setattr(products, "_kernels_on", lambda device: kernels)
-            for module in (products, optimiser):
+            for module in (products, optimiser, single):
                 monkeypatch.setattr(module, "kernels_for", lambda weight: kernels)
-            monkeypatch.setattr("train.engine.kernels_for", lambda weight: kernels)
-        engine = SingleEngine(settings, ["base", "tuned"], 6, torch.zeros(2, 6), torch.ones(2))
+        engine = Engine(settings, ["base", "tuned"], 6, torch.zeros(2, 6), torch.ones(2), World.alone())
         engine._deferred = on_kernels
         engine.initialise(data[0])
         engines.append((engine, [engine.step(raw) for raw in data]))

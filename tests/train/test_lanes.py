@@ -106,3 +106,30 @@ def test_permutations_depend_on_seed_and_place_alone():
     assert len(set(orders.values())) == len(orders)
     assert all(sorted(order) == list(range(50)) for order in orders.values())
     assert tuple(permutation(50, 0, 1)) == orders[0, 1]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_tokens", [1001, 1000, 803])
+def test_stretches_of_a_rank_are_its_entries(num_ranks, num_tokens):
+    """Entry i belongs to rank i mod W, in every epoch, whether or not W divides the tokens of one."""
+    lanes, stop = Lanes(num_tokens, 8, 20), 3 * num_tokens
+    of_ranks = [Lanes(num_tokens, 8, 20, rank, num_ranks) for rank in range(num_ranks)]
+    for rank, own in enumerate(of_ranks):
+        places = {(s.epoch, s.lane, p) for s in own.stretches(5, stop) for p in range(s.first, s.stop)}
+        entries = zip(range(5, stop), entries_one_by_one(lanes, 5, stop), strict=True)
+        assert places == {entry for i, entry in entries if i % num_ranks == rank}
+        assert all(own.rank_of(epoch, lane) == rank for epoch, lane, _ in places)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_next_windows_stay_with_the_rank_and_name_each_once(num_ranks):
+    for rank in range(num_ranks):
+        lanes = Lanes(1001, 8, 20, rank, num_ranks)
+        windows = {lanes.window(e, lane, p) for e in range(3) for lane in lanes.own(e) for p in range(lanes.size(lane))}
+        following = [lanes.next_window(window) for window in windows if window.epoch < 2]
+        first = {lanes.window(0, lane, 0) for lane in lanes.own(0)}
+        assert len(set(following)) == len(following)
+        assert set(following) - windows == set()
+        assert {window for window in windows if window.epoch < 2} - set(following) == first
+        assert all(lanes.next_window(lanes.window_before(window)) == window for window in windows - first)
+        assert all(lanes.window_before(window) is None for window in first)

@@ -42,7 +42,7 @@ def stream_of(pairs, batch=16, lanes=5, window=20):
 
 def loaded(stream, start, stop):
     with Loader(stream, start, stop, CPU, num_threads=2) as loader:
-        return [x_BMD.clone() for x_BMD, _ in loader]
+        return [batch.x_BMD.clone() for batch in loader]
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,17 @@ def test_a_store_with_fewer_tokens_than_lanes(tmp_path):
     assert sorted(values) == sorted(once * 3)
 
 
+def test_ranks_get_their_tokens_with_their_numbers(pairs):
+    config = DataConfig(num_lanes=6, shuffle_window=20)
+    whole = BatchStream(pairs, 3, 16, config)
+    for rank in range(2):
+        stream = BatchStream(pairs, 3, 16, config, rank, 2)
+        with Loader(stream, 0, 30, CPU, num_threads=2) as loader:
+            for step, (x_BMD, token_B, _) in enumerate(loader):
+                assert torch.equal(x_BMD, whole.batch(step)[token_B])
+                assert token_B.tolist() == stream.numbers(step).tolist()
+
+
 def test_resuming_at_any_step_gives_the_same_batches(pairs):
     whole = loaded(stream_of(pairs), 0, 40)
     for start in (1, 17, 39):
@@ -109,7 +120,7 @@ def test_a_batch_is_valid_until_the_next_one_is_asked_for(pairs):
     """However long the step takes, and however far the threads could run ahead meanwhile."""
     stream = stream_of(pairs)
     with Loader(stream_of(pairs), 0, 12, CPU, num_threads=2) as loader:
-        for step, (x_BMD, _) in enumerate(loader):
+        for step, (x_BMD, _, _) in enumerate(loader):
             time.sleep(0.01)
             assert torch.equal(x_BMD, stream.batch(step))
 
@@ -151,10 +162,10 @@ def test_batches_are_read_ahead_of_the_step_but_no_further_than_the_ring(pairs):
 
 def test_the_time_waited_is_that_of_reading_where_nothing_else_takes_time(pairs):
     with Loader(stream_of(Watched(pairs, seconds=0.03)), 0, 10, CPU, num_threads=2) as loader:
-        assert sum(waited for _, waited in loader) == pytest.approx(0.3, rel=0.3)
+        assert sum(batch.waited for batch in loader) == pytest.approx(0.3, rel=0.3)
     with Loader(stream_of(Watched(pairs, seconds=0.005)), 0, 10, CPU, num_threads=2) as loader:
         waits = []
-        for _, waited in loader:
+        for *_, waited in loader:
             time.sleep(0.03)
             waits.append(waited)
         assert sum(waits[1:]) < 0.03
@@ -187,6 +198,29 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_the_batch_is_asked_for(pair
     ):
         for _ in loader:
             pass
+
+
+def test_it_says_whether_the_next_batch_is_there_without_an_error(pairs):
+    with Loader(stream_of(Watched(pairs)), 0, 3, CPU, num_threads=1) as loader:
+        seen = []
+        for _ in loader:
+            time.sleep(0.1)
+            seen.append(loader.is_ready())
+        assert seen == [True, True, False]
+    with Loader(stream_of(Watched(pairs, seconds=0.2)), 0, 3, CPU, num_threads=1) as loader:
+        next(iter(loader))
+        assert not loader.is_ready()
+    failing = Watched(pairs)
+    with Loader(stream_of(failing), 0, 30, CPU, num_threads=1) as loader:
+        batches = iter(loader)
+        next(batches)
+        failing.failing = "read"
+        with pytest.raises(BadInput):
+            while True:
+                time.sleep(0.05)
+                if not loader.is_ready():
+                    next(batches)
+                next(batches)
 
 
 def test_leaving_early_stops_the_threads(pairs):
@@ -229,5 +263,5 @@ def test_leaving_gives_up_what_threads_wait_for(pairs, waiting):
 def test_a_batch_is_not_waited_for_once_the_run_is_to_stop(pairs):
     data, began = Waiting(pairs, "read"), time.monotonic()
     with Loader(stream_of(data), 0, 1000, CPU, 1, is_stopping=data.at_it.is_set) as loader:
-        assert len([x_BMD for x_BMD, _ in loader]) == 2  # what is there already is still given
+        assert len(list(loader)) == 2  # what is there already is still given
     assert time.monotonic() - began < 10

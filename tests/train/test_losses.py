@@ -5,15 +5,16 @@ differences.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
+from plain_readable import readable_losses
 
 from extract.errors import BadInput
 from train.config import CrosscoderConfig
 from train.crosscoder import Crosscoder
-from train.losses import auxk_loss, delta_loss, largest, readable_forward, reconstruction_loss, training_losses
+from train.losses import ErrorSums, auxk_loss, delta_loss, loss_share, reconstruction_loss
+from train.readable import largest
 
 
 def random_crosscoder(seed=0, num_models=2, d_model=5, num_latents=9, **config):
@@ -92,10 +93,9 @@ CASES = [
 def test_step_equals_loops_over_tokens_models_and_latents(config, dead, num_models):
     config = {**config, "dedicated": config.get("dedicated", 0.0) * 2 / num_models}
     crosscoder, x_BMD = random_crosscoder(seed=len(dead), num_models=num_models, auxk_alpha=0.1, **config)
-    forward = readable_forward(crosscoder, x_BMD, 14, dead_mask(dead, 9))
-    losses = training_losses(crosscoder.config, x_BMD, forward)
+    selection, _, losses, *_ = readable_losses(crosscoder, x_BMD, 14, dead_mask(dead, 9))
     chosen, reconstruction, auxk, delta = loop_losses(crosscoder, x_BMD, 14, dead)
-    assert set(zip(*(part.tolist() for part in forward.selection), strict=True)) == chosen
+    assert set(zip(*(part.tolist() for part in selection), strict=True)) == chosen
     assert losses.reconstruction.item() == pytest.approx(reconstruction, rel=1e-12)
     assert losses.auxk.item() == pytest.approx(auxk, rel=1e-12)
     weight = crosscoder.config.delta_weight
@@ -105,26 +105,71 @@ def test_step_equals_loops_over_tokens_models_and_latents(config, dead, num_mode
     )
 
 
+def variance_of(error_BMD, num_tokens=None):
+    sums = ErrorSums(error_BMD[0].numel(), error_BMD.device).add(error_BMD)
+    return sums.variance(num_tokens or len(error_BMD), error_BMD.dtype)
+
+
 def test_hand_derived_losses():
     error_BMD = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[0.0, 0.0], [6.0, 8.0]]])
-    assert reconstruction_loss(error_BMD, "norm").item() == (5 + 0 + 0 + 10) / 4
-    assert reconstruction_loss(error_BMD, "squared").item() == (25 + 0 + 0 + 100) / 4
-    assert delta_loss(error_BMD).item() == (5 + 10) / 2
+    assert reconstruction_loss(error_BMD, "norm", 2).item() == (5 + 0 + 0 + 10) / 4
+    assert reconstruction_loss(error_BMD, "squared", 2).item() == (25 + 0 + 0 + 100) / 4
+    assert delta_loss(error_BMD, 2).item() == (5 + 10) / 2
     # Means over tokens: (1.5, 2), (3, 4); squared deviations 2 * (2.25 + 4) + 2 * (9 + 16) = 62.5. Reconstructing zero
     # leaves 125.
-    assert auxk_loss(error_BMD, torch.zeros_like(error_BMD)).item() == 125 / 62.5
+    assert variance_of(error_BMD).item() == 62.5
+    assert auxk_loss(error_BMD, torch.zeros_like(error_BMD), variance_of(error_BMD)).item() == 125 / 62.5
+
+
+@pytest.mark.parametrize("sizes", [[7], [3, 4], [1, 1, 5], [0, 6, 1]])
+@pytest.mark.parametrize("config", CASES)
+@pytest.mark.parametrize("num_models", [2, 3])
+def test_shares_of_tokens_add_up_to_the_loss_and_its_gradient(num_models, config, sizes):
+    """A share knows its own tokens, the number of all, and the variance of all."""
+    generator = torch.Generator().manual_seed(len(sizes))
+    settings = CrosscoderConfig(**{**config, "dedicated": 0.0})
+    error, error_recons = (torch.randn(7, num_models, 5, dtype=torch.float64, generator=generator) for _ in range(2))
+    whole = [error.clone().requires_grad_(), error_recons.clone().requires_grad_()]
+    expected = loss_share(settings, whole[0], 7, whole[1], variance_of(error))
+    expected.total.backward()
+    parts = [error.clone().requires_grad_(), error_recons.clone().requires_grad_()]
+    sums = ErrorSums(num_models * 5, error.device)
+    for part in error.split(sizes):
+        sums.add(part)
+    variance = sums.variance(7, torch.float64)
+    shares = [
+        loss_share(settings, own, 7, recons, variance)
+        for own, recons in zip(parts[0].split(sizes), parts[1].split(sizes), strict=True)
+    ]
+    sum(share.total for share in shares).backward()
+    for name in ("total", "reconstruction", "auxk", "delta"):
+        share_sum = sum(getattr(share, name).item() for share in shares)
+        assert share_sum == pytest.approx(getattr(expected, name).item(), rel=1e-12)
+    for ours, theirs in zip(parts, whole, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_the_variance_of_float32_errors_far_from_zero_is_that_of_float64(monkeypatch):
+    """Squares of 300, in float32 or summed in it, would leave no digit of a variance of 1e-4 a token."""
+    monkeypatch.setattr("train.losses.PIECE_SIZE", 50)
+    generator = torch.Generator().manual_seed(0)
+    error_BMD = 300 + 0.004 * torch.randn(64, 2, 3, generator=generator)
+    exact = (error_BMD.double() - error_BMD.double().mean(0)).square().sum().item()
+    assert variance_of(error_BMD).item() == pytest.approx(exact, rel=1e-5)
 
 
 def test_gradients_at_zero_error_are_zero():
     error_BMD = torch.zeros(2, 3, 4, requires_grad=True)
-    (reconstruction_loss(error_BMD, "norm") + delta_loss(error_BMD)).backward()
+    (reconstruction_loss(error_BMD, "norm", 2) + delta_loss(error_BMD, 2)).backward()
     assert error_BMD.grad.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_tokens", [1, 7])
-def test_equal_errors_have_no_variance_and_no_auxk(num_tokens):
-    error_recons_BMD = torch.ones(num_tokens, 2, 3, requires_grad=True)
-    loss = auxk_loss(torch.full((num_tokens, 2, 3), 1 / 3), error_recons_BMD)
+def test_equal_errors_have_no_variance_and_no_auxk(num_tokens, dtype):
+    error_BMD = torch.full((num_tokens, 2, 3), 1 / 3, dtype=dtype)
+    error_recons_BMD = torch.ones(num_tokens, 2, 3, dtype=dtype, requires_grad=True)
+    loss = auxk_loss(error_BMD, error_recons_BMD, variance_of(error_BMD))
     loss.backward()
     assert loss.item() == 0
     assert error_recons_BMD.grad.count_nonzero() == 0
@@ -137,15 +182,15 @@ def test_gradients_equal_finite_differences(config):
     """
     crosscoder, x_BMD = random_crosscoder(seed=5, auxk_alpha=0.3, **config)
     dead_L = dead_mask([1, 6, 7], 9)
-    forward = readable_forward(crosscoder, x_BMD, 14, dead_L)
-    error_BMD = (x_BMD - forward.recons_BMD).detach()
-    training_losses(crosscoder.config, x_BMD, forward).total.backward()
+    readable = readable_losses(crosscoder, x_BMD, 14, dead_L)
+    error_BMD = readable.error_BMD.detach()
+    readable.losses.total.backward()
 
     def objective():
         with torch.no_grad():
-            now = readable_forward(crosscoder, x_BMD, 14, dead_L)
-            without_auxk = training_losses(replace(crosscoder.config, auxk_alpha=0.0), x_BMD, now).total
-            return (without_auxk + 0.3 * auxk_loss(error_BMD, now.error_recons_BMD)).item()
+            now = readable_losses(crosscoder, x_BMD, 14, dead_L)
+            without_auxk = now.losses.total - 0.3 * now.losses.auxk
+            return (without_auxk + 0.3 * auxk_loss(error_BMD, now.error_recons_BMD, variance_of(error_BMD))).item()
 
     generator = torch.Generator().manual_seed(1)
     for weight in crosscoder.parameters():
@@ -162,8 +207,9 @@ def test_gradients_equal_finite_differences(config):
 
 def test_auxk_trains_encoder_and_decoder_of_dead_latents_and_not_the_bias():
     crosscoder, x_BMD = random_crosscoder(seed=3)
-    forward = readable_forward(crosscoder, x_BMD, 14, dead_mask([2, 5, 6], 9))
-    auxk_loss((x_BMD - forward.recons_BMD).detach(), forward.error_recons_BMD).backward()
+    readable = readable_losses(crosscoder, x_BMD, 14, dead_mask([2, 5, 6], 9))
+    error_BMD = readable.error_BMD.detach()
+    auxk_loss(error_BMD, readable.error_recons_BMD, variance_of(error_BMD)).backward()
     for weight in (crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec):
         touched = weight.grad.view(9, -1).abs().sum(1) > 0
         assert touched.any()
@@ -190,11 +236,9 @@ def test_scores_that_cannot_be_ranked_are_refused():
         largest(torch.tensor([[1.0, math.nan]]), 1)
 
 
-def test_no_dead_latent_leaves_no_auxiliary_loss():
-    """Even where an engine gave the zero reconstruction of latents that may die soon."""
-    crosscoder, x_BMD = random_crosscoder(auxk_alpha=0.5)
-    forward = readable_forward(crosscoder, x_BMD, 14, dead_mask([], 9))
-    forward.error_recons_BMD = torch.zeros_like(x_BMD)
-    losses = training_losses(crosscoder.config, x_BMD, forward)
+def test_without_a_dead_latent_there_is_no_auxiliary_loss():
+    """Even where an engine gave the zero reconstruction of latents that may die soon: the variance is then 0."""
+    error_BMD = torch.ones(4, 2, 3)
+    losses = loss_share(CrosscoderConfig(auxk_alpha=0.5), error_BMD, 4, torch.zeros(4, 2, 3), torch.zeros(()))
     assert losses.auxk.item() == 0.0
     assert losses.total.item() == losses.reconstruction.item()

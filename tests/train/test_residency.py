@@ -22,9 +22,9 @@ class Shards:
         return [range(i, i + 1) for i in range(len(self.train_tokens))]
 
 
-def asked_for(kept: np.ndarray, batch: int, config: DataConfig, num_steps: int) -> list[set[int]]:
+def asked_for(kept: np.ndarray, batch: int, config: DataConfig, num_steps: int, *of_ranks: int) -> list[set[int]]:
     """The shards that the stream of batches asks for in every step."""
-    stream = BatchStream(Shards(kept), 4, batch, config)
+    stream = BatchStream(Shards(kept), 4, batch, config, *of_ranks)
     windows = (stream.windows(step, num_steps) for step in range(num_steps))
     return [{span.shard for window in every for span in stream.spans(window)} for every in windows]
 
@@ -44,6 +44,21 @@ def test_what_is_held_is_what_the_stream_of_batches_asks_for(num_lanes, window, 
     tokens = kept + 3
     most, shards = max((int(tokens[list(shards)].sum()), len(shards)) for shards in steps)
     assert peak(holds(lanes, 4, kept, batch, num_steps), tokens) == Peak(shards, most)
+
+
+@pytest.mark.parametrize("batch", [4, 64])
+@pytest.mark.parametrize(("num_lanes", "window", "num_shards"), [(4, 8, 12), (4, 50, 5), (8, 16, 40)])
+def test_what_a_rank_holds_is_what_its_stream_asks_for(num_lanes, window, num_shards, batch):
+    kept = np.random.default_rng(num_shards).integers(5, 30, num_shards)
+    num_steps = 3 * int(kept.sum()) // batch
+    for rank in range(4):
+        lanes = Lanes(int(kept.sum()), num_lanes, window, rank, 4)
+        steps = asked_for(kept, batch, DataConfig(num_lanes=num_lanes, shuffle_window=window), num_steps, rank, 4)
+        found = [set() for _ in steps]
+        for hold in holds(lanes, 4, kept, batch, num_steps):
+            for step in range(hold.first, hold.stop):
+                found[step].add(hold.shard)
+        assert found == steps
 
 
 def test_shards_that_two_lanes_hold_count_once():

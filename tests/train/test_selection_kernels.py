@@ -101,6 +101,18 @@ def test_both_halves_of_a_matrix_have_the_cut_of_the_whole():
     assert not {place // L % 2 for place in found[0].position[found[0].score > 0].tolist()} - {0}
 
 
+@pytest.mark.parametrize("name", ["ties everywhere", "all equal", "normal"])
+def test_rows_have_numbers(name):
+    """Rows in reverse are chosen, and numbered, as in their own order."""
+    pre_BL, scale_L = CASES[name]
+    slots, number_B = selection_kernels.KernelSlots(131, *pre_BL.shape), torch.arange(len(pre_BL)).flip(0)
+    for first in (0, 25):
+        columns = slice(first, first + 25)
+        pre_BC, scale_C = pre_BL.flip(0)[:, columns].to(DEVICE), scale_L[columns].to(DEVICE)
+        slots.add(Chunk(pre_BC, scale_C, 0, first, number_B.to(DEVICE)))
+    check(selected(slots.largest(None), L), pre_BL, scale_L, 131, fixed_size=True)
+
+
 def test_the_small_case_that_decides_about_a_gpu():
     assert selection_kernels.agree_with_torch(DEVICE)
 

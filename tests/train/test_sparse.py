@@ -6,18 +6,17 @@ from functools import partial
 
 import pytest
 import torch
+from forms import readable, sparse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from extract.errors import BadInput
 from train import encoder
-from train.batch_topk import Selection, TopScores
 from train.config import CrosscoderConfig
 from train.crosscoder import Crosscoder
-from train.encoder import Operands
-from train.losses import readable_forward, training_losses
+from train.encoder import Copies, Operands
 from train.metrics import evaluation_codes
 from train.products import Gradients
-from train.sparse import Codes, Prepared, add_scores, reconstruct, sparse_forward, sparse_reconstruction
+from train.sparse import Codes, decode, reconstruct
 
 
 def crosscoder_of(generator, num_models, d_model, config, dtype):
@@ -29,27 +28,19 @@ def crosscoder_of(generator, num_models, d_model, config, dtype):
     return crosscoder
 
 
-def step(form, crosscoder, x_BMD, num_selected, dead_L):
-    crosscoder.zero_grad()
-    forward = form(crosscoder, x_BMD, num_selected, dead_L)
-    losses = training_losses(crosscoder.config, x_BMD, forward)
-    losses.total.backward()
-    crosscoder.zero_foreign_rows(crosscoder.W_enc.grad, crosscoder.W_dec.grad)
-    return forward, losses, [weight.grad.clone() for weight in crosscoder.parameters()]
-
-
-def assert_equal_steps(crosscoder, x_BMD, num_selected, dead_L, tolerance):
-    forward, losses, gradients = step(readable_forward, crosscoder, x_BMD, num_selected, dead_L)
-    other_forward, other_losses, other_gradients = step(sparse_forward, crosscoder, x_BMD, num_selected, dead_L)
-    for ours, theirs in zip(forward.selection, other_forward.selection, strict=True):
-        assert torch.equal(ours, theirs)
-    torch.testing.assert_close(other_forward.score_S, forward.score_S, rtol=0, atol=0)
-    for name in ("total", "reconstruction", "auxk", "delta"):
-        assert getattr(other_losses, name).item() == pytest.approx(getattr(losses, name).item(), rel=tolerance)
-    for ours, theirs in zip(gradients, other_gradients, strict=True):
+def assert_equal_steps(crosscoder, x_BMD, num_selected, dead_L, tolerance, **task):
+    """Compares both forms; the readable one's result."""
+    expected = readable(crosscoder, x_BMD, num_selected, dead_L)
+    found = sparse(crosscoder, x_BMD, num_selected, dead_L, **task)
+    chosen = found.selected.score_S > 0
+    for ours, theirs in zip(expected.selected.selection, found.selected.selection, strict=True):
+        assert torch.equal(ours, theirs[chosen])
+    torch.testing.assert_close(found.selected.score_S[chosen], expected.selected.score_S, rtol=0, atol=0)
+    assert found.losses == pytest.approx(expected.losses, rel=tolerance)
+    for ours, theirs in zip(expected.gradients, found.gradients, strict=True):
         scale = ours.abs().max().item() or 1.0
         torch.testing.assert_close(theirs / scale, ours / scale, rtol=0, atol=tolerance)
-    return forward
+    return expected
 
 
 def random_case(seed):
@@ -83,26 +74,30 @@ def test_equal_over_random_cases(seed, monkeypatch):
 def test_the_way_of_a_gpu_gives_the_same(seed):
     """A padded selection, latents that may be dead beside those that are, gradients written where the engine says."""
     crosscoder, x_BMD, num_selected, dead_L, tolerance = random_case(seed)
-    forward, losses, gradients = step(readable_forward, crosscoder, x_BMD, num_selected, dead_L)
     into = Gradients.like(crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec, crosscoder.b_dec)
-    for weight, gradient in zip(crosscoder.parameters(), into[:4], strict=True):
-        weight.grad = gradient.fill_(torch.nan)
     every_other = torch.arange(0, len(dead_L), 2)
     candidates = torch.cat([dead_L.nonzero().squeeze(1), every_other]).unique()
-    prepared = Prepared(Operands(crosscoder), candidates, into, fixed_size=True)
-    other = sparse_forward(crosscoder, x_BMD, num_selected, dead_L, prepared)
-    other_losses = training_losses(crosscoder.config, x_BMD, other)
-    other_losses.total.backward()
-    crosscoder.zero_foreign_rows(*into[:4:2])
-    assert len(other.score_S) == min(num_selected, len(x_BMD) * len(dead_L))
-    chosen = other.score_S > 0
-    for ours, theirs in zip(forward.selection, other.selection, strict=True):
+    expected = readable(crosscoder, x_BMD, num_selected, dead_L)
+    for weight, gradient in zip(crosscoder.parameters(), into[:4], strict=True):
+        weight.grad = gradient.fill_(torch.nan)
+    other = sparse(
+        crosscoder,
+        x_BMD,
+        num_selected,
+        dead_L,
+        into,
+        candidate_Z=candidates,
+        operands=Copies(crosscoder).operands,
+        fixed_size=True,
+    )
+    assert len(other.selected.score_S) == min(num_selected, len(x_BMD) * len(dead_L))
+    chosen = other.selected.score_S > 0
+    for ours, theirs in zip(expected.selected.selection, other.selected.selection, strict=True):
         assert torch.equal(ours, theirs[chosen])
-    for name in ("total", "reconstruction", "auxk", "delta"):
-        assert getattr(other_losses, name).item() == pytest.approx(getattr(losses, name).item(), rel=tolerance)
-    for ours, weight in zip(gradients, crosscoder.parameters(), strict=True):
+    assert other.losses == pytest.approx(expected.losses, rel=tolerance)
+    for ours, theirs in zip(expected.gradients, other.gradients, strict=True):
         scale = ours.abs().max().item() or 1.0
-        torch.testing.assert_close(weight.grad / scale, ours / scale, rtol=0, atol=tolerance)
+        torch.testing.assert_close(theirs / scale, ours / scale, rtol=0, atol=tolerance)
 
 
 def small(seed=0, **config):
@@ -115,9 +110,9 @@ def test_no_active_latent_leaves_only_the_decoder_bias_to_learn():
     crosscoder, x_BMD = small()
     with torch.no_grad():
         crosscoder.b_enc.fill_(-1e6)
-    forward = assert_equal_steps(crosscoder, x_BMD, 32, torch.zeros(30, dtype=torch.bool), 1e-12)
-    assert len(forward.score_S) == 0
-    _, _, (*weights, b_dec) = step(sparse_forward, crosscoder, x_BMD, 32, torch.zeros(30, dtype=torch.bool))
+    expected = assert_equal_steps(crosscoder, x_BMD, 32, torch.zeros(30, dtype=torch.bool), 1e-12)
+    assert len(expected.selected.score_S) == 0
+    *weights, b_dec = sparse(crosscoder, x_BMD, 32, torch.zeros(30, dtype=torch.bool)).gradients
     assert all(gradient.count_nonzero() == 0 for gradient in weights)
     assert b_dec.count_nonzero() == 12
 
@@ -126,14 +121,14 @@ def test_one_latent_takes_all_tokens():
     crosscoder, x_BMD = small()
     with torch.no_grad():
         crosscoder.b_enc[7] = 1e4
-    forward = assert_equal_steps(crosscoder, x_BMD, 16, torch.zeros(30, dtype=torch.bool), 1e-12)
-    assert forward.selection.latent.unique().tolist() == [7]
+    expected = assert_equal_steps(crosscoder, x_BMD, 16, torch.zeros(30, dtype=torch.bool), 1e-12)
+    assert expected.selected.selection.latent.unique().tolist() == [7]
 
 
 def test_more_wanted_than_positive():
     crosscoder, x_BMD = small()
-    forward = assert_equal_steps(crosscoder, x_BMD, 10_000, torch.zeros(30, dtype=torch.bool), 1e-12)
-    assert len(forward.score_S) == int((crosscoder.pre_activations(x_BMD) > 0).sum())
+    expected = assert_equal_steps(crosscoder, x_BMD, 10_000, torch.zeros(30, dtype=torch.bool), 1e-12)
+    assert len(expected.selected.score_S) == int((crosscoder.pre_activations(x_BMD) > 0).sum())
 
 
 def test_all_latents_dead_and_more_than_auxk_takes():
@@ -146,7 +141,7 @@ def test_the_sparse_decode_equals_the_dense_one(threshold):
     """Codes of the k * B selection, all positive ones, some, and none."""
     crosscoder, x_BMD = small()
     crosscoder.threshold = threshold
-    selection, code_S = evaluation_codes(crosscoder, x_BMD.flatten(1), Operands(crosscoder))
+    selection, code_S = evaluation_codes(crosscoder, x_BMD.flatten(1), Operands.of(crosscoder))
     acts_BL = torch.zeros(len(x_BMD), 30, dtype=code_S.dtype)
     for token, latent, code in zip(*selection, code_S, strict=True):
         acts_BL[token, latent] = code
@@ -155,7 +150,7 @@ def test_the_sparse_decode_equals_the_dense_one(threshold):
         assert torch.equal(acts_BL, torch.where(pre_BL * crosscoder.latent_scale() > threshold, pre_BL, 0.0))
     assert (len(code_S) == 0) == (threshold == 1e9)
     assert (code_S > 0).all()
-    recons_BMD = sparse_reconstruction(crosscoder, selection, code_S, len(x_BMD))
+    recons_BMD = decode(selection, code_S, len(x_BMD), Operands.of(crosscoder)).view_as(x_BMD)
     torch.testing.assert_close(recons_BMD, crosscoder.reconstruct(acts_BL).detach(), rtol=1e-12, atol=1e-12)
 
 
@@ -178,8 +173,8 @@ def test_no_temporary_holds_a_vector_for_every_selected_code():
     crosscoder = crosscoder_of(generator, 2, 40, CrosscoderConfig(num_latents=50, k=20), torch.float32)
     x_BMD = torch.randn(64, 2, 40, generator=generator)
     with LargestResult() as seen:
-        forward, _, _ = step(sparse_forward, crosscoder, x_BMD, 20 * 64, torch.arange(50) < 10)
-    assert len(forward.score_S) == 1280
+        found = sparse(crosscoder, x_BMD, 20 * 64, torch.arange(50) < 10)
+    assert len(found.selected.score_S) == 1280
     assert seen.largest == 64 * 80  # the batch itself, larger than the weights and the codes
 
 
@@ -190,11 +185,11 @@ def test_memory_grows_with_a_chunk_and_not_with_the_pre_activations(monkeypatch)
     crosscoder = crosscoder_of(generator, 2, 4, CrosscoderConfig(num_latents=2000, k=2), torch.float32)
     x_BMD = torch.randn(300, 2, 4, generator=generator)
     with LargestResult() as seen:
-        step(sparse_forward, crosscoder, x_BMD, 600, torch.arange(2000) < 5)
+        sparse(crosscoder, x_BMD, 600, torch.arange(2000) < 5)
     assert seen.largest == 2000 * 8
     crosscoder.threshold = 50.0
     with LargestResult() as seen:
-        selection, _ = evaluation_codes(crosscoder, x_BMD.flatten(1), Operands(crosscoder))
+        selection, _ = evaluation_codes(crosscoder, x_BMD.flatten(1), Operands.of(crosscoder))
     assert seen.largest <= 2000 * 8
     assert 0 < len(selection.token) < 2000
 
@@ -203,42 +198,37 @@ def test_nothing_is_read_before_it_was_written():
     """Deterministic mode fills fresh memory with nan, or the largest integer."""
     crosscoder, x_BMD = small(auxk_alpha=0.5)
     dead_L = torch.arange(30) % 3 == 0
-    expected = step(sparse_forward, crosscoder, x_BMD, 32, dead_L)
+    expected = sparse(crosscoder, x_BMD, 32, dead_L)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
-        found = step(sparse_forward, crosscoder, x_BMD, 32, dead_L)
-        way_of_a_gpu = Prepared(candidate_Z=torch.arange(30), fixed_size=True)
-        padded = step(partial(sparse_forward, prepared=way_of_a_gpu), crosscoder, x_BMD, 32, dead_L)
+        found = sparse(crosscoder, x_BMD, 32, dead_L)
+        padded = sparse(crosscoder, x_BMD, 32, dead_L, candidate_Z=torch.arange(30), fixed_size=True)
     finally:
         torch.use_deterministic_algorithms(False)
-    for ours, theirs in zip(expected[2], found[2], strict=True):
+    for ours, theirs in zip(expected.gradients, found.gradients, strict=True):
         assert torch.equal(ours, theirs)
-    for ours, theirs in zip(expected[2], padded[2], strict=True):
+    for ours, theirs in zip(expected.gradients, padded.gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
-def test_micro_batches_selected_together_and_accumulated_equal_one_batch():
+def test_without_the_bias_another_rank_adds_it():
+    """What a rank that is not the first of its group leaves out, and that accumulation keeps what was there."""
     crosscoder, x_BMD = small()
-    _, _, expected = step(sparse_forward, crosscoder, x_BMD, 40, torch.zeros(30, dtype=torch.bool))
-    operands, parts = Operands(crosscoder), [slice(0, 5), slice(5, 16)]
-    top = TopScores(40, 16, 30, torch.device("cpu"))
-    for part in parts:
-        add_scores(top, x_BMD[part].flatten(1), operands, part.start)
-    (token_S, latent_S), code_S, _, _ = top.finish()
-    into = Gradients.like(crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec, crosscoder.b_dec)
-    for number, part in enumerate(parts):
-        mine = (token_S >= part.start) & (token_S < part.stop)
-        selection = Selection(token_S[mine] - part.start, latent_S[mine])
-        codes = Codes(selection, code_S[mine], latent_S[:0], x_BMD.new_empty(part.stop - part.start, 0))
-        x_BW = x_BMD[part].flatten(1)
-        gradients = into._replace(accumulate=number > 0)
-        recons_BW, _ = reconstruct(crosscoder, x_BW, codes, operands.W_dec, gradients)
-        errors = (x_BW - recons_BW).view(-1, 2, 6).norm(dim=2)
-        (errors.sum() / (16 * 2)).backward()
-    crosscoder.zero_foreign_rows(into.W_enc, into.W_dec)
-    for ours, theirs in zip(expected, into[:4], strict=True):
-        torch.testing.assert_close(theirs, ours, rtol=1e-10, atol=1e-14)
+    x_BW, operands = x_BMD.flatten(1), Operands.of(crosscoder)
+    selection, code_S = evaluation_codes(crosscoder, x_BW, operands)
+    codes = Codes(selection, code_S, selection.latent[:0], x_BW.new_empty(16, 0))
+    into = Gradients.like(*crosscoder.parameters())
+    whole_BW, _ = reconstruct(crosscoder, x_BW, codes, operands, into)
+    whole_BW.sum().backward()
+    assert torch.equal(into.b_dec, torch.full((12,), 16.0, dtype=torch.float64))
+    part_BW, _ = reconstruct(crosscoder, x_BW, codes, operands, into._replace(accumulate=True), with_bias=False)
+    torch.testing.assert_close(part_BW + crosscoder.b_dec, whole_BW, rtol=1e-12, atol=1e-12)
+    part_BW.sum().backward()
+    assert torch.equal(into.b_dec, torch.full((12,), 16.0, dtype=torch.float64))
+    part_BW, _ = reconstruct(crosscoder, x_BW, codes, operands, into, with_bias=False)
+    part_BW.sum().backward()
+    assert into.b_dec.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("loss", ["norm", "squared"])
@@ -249,14 +239,14 @@ def test_bf16_products_change_gradients_by_rounding_alone(loss):
     crosscoder = crosscoder_of(generator, 2, 16, config, torch.float32)
     x_BMD = torch.randn(64, 2, 16, generator=generator)
     none_dead = torch.zeros(60, dtype=torch.bool)
-    narrow = partial(sparse_forward, prepared=Prepared(Operands(crosscoder, torch.bfloat16)))
-    readable = partial(readable_forward, precision=torch.bfloat16)
-    exact = step(readable_forward, crosscoder, x_BMD, 256, none_dead)
-    for form in (narrow, readable):
-        forward, losses, gradients = step(form, crosscoder, x_BMD, 256, none_dead)
-        assert forward.score_S.dtype == losses.total.dtype == torch.float32
-        assert losses.total.item() == pytest.approx(exact[1].total.item(), rel=0.01)
-        for ours, theirs in zip(exact[2], gradients, strict=True):
+    narrow = partial(sparse, operands=Copies(crosscoder, torch.bfloat16).operands)
+    exact = readable(crosscoder, x_BMD, 256, none_dead)
+    for form in (narrow, partial(readable, precision=torch.bfloat16)):
+        found = form(crosscoder, x_BMD, 256, none_dead)
+        assert found.selected.score_S.dtype == torch.float32
+        assert found.losses[0] == pytest.approx(exact.losses[0], rel=0.01)
+        assert found.losses[0] != exact.losses[0]
+        for ours, theirs in zip(exact.gradients, found.gradients, strict=True):
             assert theirs.dtype == torch.float32
             assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.98
 
@@ -264,13 +254,13 @@ def test_bf16_products_change_gradients_by_rounding_alone(loss):
 def test_master_weights_in_half_precision_are_refused():
     crosscoder, x_BMD = small()
     with pytest.raises(BadInput, match="float32 or float64 .* on cpu or cuda, and these are torch.bfloat16 on cpu"):
-        sparse_forward(crosscoder.bfloat16(), x_BMD.bfloat16(), 32, torch.zeros(30, dtype=torch.bool))
+        sparse(crosscoder.bfloat16(), x_BMD.bfloat16(), 32, torch.zeros(30, dtype=torch.bool))
 
 
 def test_dedicated_rows_get_no_gradient():
     crosscoder, x_BMD = small(dedicated=0.2, auxk_alpha=0.5)
     dead_L = torch.arange(30) % 3 == 0
-    _, _, (W_enc, _, W_dec, _) = step(sparse_forward, crosscoder, x_BMD, 32, dead_L)
+    W_enc, _, W_dec, _ = sparse(crosscoder, x_BMD, 32, dead_L).gradients
     for gradient in (W_enc, W_dec):
         assert gradient.view(30, 2, 6)[:6, 1].count_nonzero() == 0
         assert gradient.view(30, 2, 6)[6:12, 0].count_nonzero() == 0

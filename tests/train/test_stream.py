@@ -104,7 +104,7 @@ def test_no_window_is_named_that_the_run_ends_before(pairs, lanes, window, batch
     for stop in (1, 2 * stream_of(pairs, lanes, window, batch).steps_per_epoch + 2):
         stream = stream_of(pairs, lanes, window, batch)
         named = {each for step in range(stop) for each in stream.windows(step, stop)}
-        read = {each for step in range(stop) for _, each in stream._cut(step * batch, (step + 1) * batch)}
+        read = {each for step in range(stop) for _, each in stream._pieces(stream._lanes, step, batch)}
         assert named == read
 
 
@@ -184,3 +184,38 @@ def test_where_a_step_lies(pairs):
     stream = stream_of(pairs, batch=10)
     step = total // 10 + 1
     assert stream.describe(step) == f"tokens {step * 10} to {step * 10 + 10} of the run, epoch 1"
+
+
+RANKS = [(8, 20, 16, 2), (8, 20, 16, 8), (4, 1000, 12, 4), (6, 7, 30, 3), (8, 16, 800, 4)]  # the last: beyond an epoch
+
+
+@pytest.mark.parametrize(("lanes", "window", "batch", "num_ranks"), RANKS)
+def test_ranks_read_parts_of_the_batch_and_know_their_numbers_in_it(pairs, lanes, window, batch, num_ranks):
+    config = DataConfig(num_lanes=lanes, shuffle_window=window)
+    whole = BatchStream(pairs, 3, batch, config)
+    ranks = [BatchStream(pairs, 3, batch, config, rank, num_ranks) for rank in range(num_ranks)]
+    entries = BatchStream(pairs, 3, 1, config)  # entry by entry
+    for step in [0, 1, whole.steps_per_epoch, 2 * whole.steps_per_epoch + 1]:
+        expected = whole.rows(step)
+        assert whole.numbers(step).tolist() == list(range(batch))
+        numbers = [stream.numbers(step) for stream in ranks]
+        assert sorted(np.concatenate(numbers).tolist()) == list(range(batch))
+        for rank, stream in enumerate(ranks):
+            assert np.array_equal(stream.rows(step), expected[numbers[rank]])
+            own = [entries.rows(i)[0] for i in range(step * batch, (step + 1) * batch) if i % num_ranks == rank]
+            assert sorted(own) == stream.rows(step).tolist()
+            assert np.array_equal(stream.plan(step), expected)
+            assert stream.batch(step).shape == (stream.num_own_tokens, 2, 6)
+
+
+@pytest.mark.parametrize(("lanes", "window", "batch", "num_ranks"), RANKS)
+def test_windows_of_a_rank_are_those_that_it_reads(pairs, lanes, window, batch, num_ranks):
+    for rank in range(num_ranks):
+        stream = BatchStream(pairs, 3, batch, DataConfig(num_lanes=lanes, shuffle_window=window), rank, num_ranks)
+        stop = 2 * stream.steps_per_epoch + 2
+        named = {each for step in range(stop) for each in stream.windows(step, stop)}
+        assert named == {each for step in range(stop) for _, each in stream._pieces(stream._lanes, step, batch)}
+        for step in range(stop):
+            spans = [span for each in stream.windows(step, stop) for span in stream.spans(each)]
+            held = {row for span in spans for row in pairs.train_rows(span.shard)[span.first : span.stop].tolist()}
+            assert held >= set(stream.rows(step).tolist())

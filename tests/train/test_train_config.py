@@ -33,7 +33,21 @@ WRONG = [
     ("training.lr", 0.0, "training.lr=0.0"),
     ("training.max_grad_norm", float("nan"), "max_grad_norm=nan"),
     ("data.heldout_fraction", 1.0, "heldout_fraction=1.0"),
+    ("training.num_micro_steps", 0, "training.num_micro_steps=0 must be greater than 0"),
+    (
+        "training.num_micro_steps",
+        5,
+        "num_tokens_per_step=32 must be a multiple of num_micro_steps=5. Nearest: 30 or 35",
+    ),
+    ("training.num_micro_steps", 33, "must be a multiple of num_micro_steps=33. Nearest: 33"),
+    ("training.keep_every", -1, "training.keep_every=-1 must not be negative"),
     ("engine.name", "singel", "Did you mean single"),
+    ("engine.timeout_s", 0, "engine.timeout_s=0 must be greater than 0"),
+    ("engine.zero_stage", 4, "engine.zero_stage=4 is not one of 1, 2, 3"),
+    ("engine.ranks_per_copy", 2, "ranks_per_copy=2 with engine=single, which runs in one process. Leave it out"),
+    ("engine.zero_stage", 3, "engine.zero_stage=3 is a setting of DeepSpeed, and engine=single does not use it"),
+    ("engine.offload_optimizer", True, "engine.offload_optimizer=True is a setting of DeepSpeed"),
+    ("engine.deepspeed_json", "a.json", "engine.deepspeed_json=a.json is a setting of DeepSpeed"),
     ("tracking.mode", "off", "tracking.mode=off is not one of"),
     ("seed", -1, "seed=-1"),
 ]
@@ -67,6 +81,48 @@ def test_wrong_settings_are_refused_by_name(tmp_path, name, value, message):
     with pytest.raises(BadInput) as error:
         change(settings_of(tmp_path), name, value).check()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "message"),
+    [
+        ("fsdp", "ranks_per_copy", 0, "engine.ranks_per_copy=0 must be greater than 0"),
+        ("deepspeed", "ranks_per_copy", 2, "with engine=deepspeed, which divides over all ranks"),
+        ("fsdp", "zero_stage", 1, "Leave it out, or choose engine=deepspeed"),
+        ("latent", "offload_optimizer", True, "engine=latent does not use it"),
+    ],
+)
+def test_settings_of_other_engines_are_refused(tmp_path, name, setting, value, message):
+    settings = change(settings_of(tmp_path), "engine.name", name)
+    settings.check()
+    with pytest.raises(BadInput, match=message):
+        change(settings, f"engine.{setting}", value).check()
+
+
+def test_engines_take_the_settings_that_they_know(tmp_path):
+    own = tmp_path / "own.json"
+    own.write_text("{}")
+    known = {
+        "fsdp": {"ranks_per_copy": 2},
+        "latent": {"ranks_per_copy": 4},
+        "deepspeed": {"zero_stage": 3, "offload_optimizer": True, "deepspeed_json": str(own)},
+    }
+    for name, values in known.items():
+        settings = change(settings_of(tmp_path), "engine.name", name)
+        for setting, value in values.items():
+            settings = change(settings, f"engine.{setting}", value)
+        settings.check()
+    own.write_text('{"gradient_clipping": 1.0}')
+    with pytest.raises(BadInput, match="training.max_grad_norm"):
+        settings.check()
+
+
+def test_who_computes_a_step_and_in_how_many_parts_does_not_name_a_run(tmp_path):
+    experiment = settings_of(tmp_path)
+    settings = change(experiment, "engine.name", "latent")
+    for name, value in (("training.num_micro_steps", 4), ("training.keep_every", 100), ("engine.ranks_per_copy", 2)):
+        settings = change(settings, name, value)
+    assert run_name(settings, experiment) == run_name(experiment, experiment)
 
 
 def test_dedicated_shares_are_checked_against_the_number_of_models(tmp_path):

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted import HOOKPOINT, random_store, settings_of
+from planted import HOOKPOINT, random_store, settings_of, train_arguments
 
 from extract.errors import BadInput
 from extract.interrupts import EXIT_INTERRUPTED
 from train.checkpoint import Checkpoints
 from train.crosscoder import Crosscoder
 from train.data import ActivationPairs
-from train.engine import SingleEngine
+from train.engine import Engine
 from train.loader import HostSlot
 from train.stream import BatchStream
 from train.trainer import EXIT_STOPPED, fit, train
@@ -145,7 +145,7 @@ def test_a_run_of_which_all_is_gone_says_so_and_is_trained_again(copied, finishe
 def test_a_damaged_last_checkpoint_costs_the_steps_since_the_one_before(copied, finished, caplog):
     settings, run = copied
     shutil.rmtree(run / "crosscoder")
-    damage(run / "checkpoints" / "step-00000024" / "state.safetensors")
+    damage(run / "checkpoints" / "step-00000024" / "state-00000-of-00001.safetensors")
     train(settings, run)
     assert "Ignoring the damaged checkpoint" in caplog.text and "step-00000024" in caplog.text
     assert_same_run(run, finished / "runs" / "whole")
@@ -210,7 +210,7 @@ def test_an_error_before_the_first_step_saves_nothing(finished, monkeypatch):
 
 @pytest.mark.parametrize(("at", "expected"), [(14, [10, 14]), (24, [15, 20])])
 def test_an_error_of_a_validation_costs_no_step_but_is_not_passed_over_in_the_end(finished, monkeypatch, at, expected):
-    run, evaluate = finished / "runs" / f"validation{at}", SingleEngine.evaluate
+    run, evaluate = finished / "runs" / f"validation{at}", Engine.evaluate
 
     def failing(engine, batches):
         if engine.steps_done == at:
@@ -218,7 +218,7 @@ def test_an_error_of_a_validation_costs_no_step_but_is_not_passed_over_in_the_en
         return evaluate(engine, batches)
 
     with monkeypatch.context() as patched:
-        patched.setattr(SingleEngine, "evaluate", failing)
+        patched.setattr(Engine, "evaluate", failing)
         with pytest.raises(OSError, match="the disk is gone"):
             train(settings_of(finished), run)
     assert steps_saved(run) == expected
@@ -253,9 +253,21 @@ def test_resuming_with_other_settings_is_refused(finished):
 def test_divergence_stops_before_the_update_and_names_the_batch(finished, monkeypatch):
     run = finished / "runs" / "diverged"
     take, taken = HostSlot.take, itertools.count()
-    monkeypatch.setattr(HostSlot, "take", lambda slot: take(slot) * (float("nan") if next(taken) == 12 else 1))
+
+    def failing(slot):
+        x_BMD, token_B = take(slot)
+        return x_BMD * (float("nan") if next(taken) == 12 else 1), token_B
+
+    monkeypatch.setattr(HostSlot, "take", failing)
     with pytest.raises(BadInput, match=r"step 12 \(tokens 384 to 416 of the run, epoch 1\).*training.lr=0.01"):
         train(settings_of(finished), run)
+    about = json.loads((run / "diverged.json").read_text())
+    assert (about["step"], about["entries"], about["epoch"]) == (12, [384, 416], 1)
+    assert "not finite" in about["reason"]
+    pairs = ActivationPairs.open(settings_of(finished))
+    starts = dict(zip(pairs.tokens.keys, pairs.tokens.row_starts.tolist(), strict=False))
+    rows = [starts[key] + position for key, positions in about["documents"].items() for position in positions]
+    assert sorted(rows) == BatchStream(pairs, 0, 32, settings_of(finished).data).rows(12).tolist()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
     assert not (run / "crosscoder").exists()
 
@@ -269,17 +281,7 @@ STEPS = 400
 
 
 def command(study, *overrides):
-    arguments = ["experiment=pair", "models.base=a", "models.tuned=b", f"hookpoint={HOOKPOINT}", f"outputs={study}"]
-    arguments += ["crosscoder.num_latents=32", "crosscoder.k=3", "crosscoder.threshold_start_step=5"]
-    arguments += ["crosscoder.dead_after_tokens=200", "data.heldout_fraction=0.2", "tracking.mode=disabled"]
-    arguments += [f"training.num_tokens={32 * STEPS}", "training.num_tokens_per_step=32", "training.warmup_steps=4"]
-    arguments += [
-        "training.log_every=1",
-        "training.validate_every=50",
-        "training.checkpoint_every=20",
-        "training.device=cpu",
-    ]
-    return [sys.executable, "-m", "train", *arguments, *overrides]
+    return [sys.executable, *train_arguments(study, 32 * STEPS), *overrides]
 
 
 def start(study, *overrides, **options):
