@@ -22,7 +22,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import CompactHydraException, HydraException
+from hydra.errors import CompactHydraException, HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -202,9 +202,13 @@ def _to_settings(
 
 
 def _one_line(error: BaseException) -> str:
-    """Hydra's message with its cause: the message names the setting, the cause says what is wrong with the value."""
+    """Hydra's message with its cause: the message names the setting, the cause says what is wrong with the value. Where
+    a group of settings has no such choice, those that there are follow.
+    """
     parts = [error, error.__cause__] if error.__cause__ else [error]
-    return " ".join(str(part).strip().splitlines()[0].rstrip(".") + "." for part in parts)
+    text = " ".join(str(part).strip().splitlines()[0].rstrip(".") + "." for part in parts)
+    options = error.options if isinstance(error, MissingConfigException) else None
+    return f"{text} There are: {', '.join(options)}." if options else text
 
 
 def check_overrides(settings_class: type[ExtractSettings], arguments: list[str]) -> list[str]:

@@ -100,6 +100,7 @@ def test_every_field_is_documented():
         ("pairs.base_simpo=[base,instruct]", "must name two or more different models"),
         ("hookpoint=20", "block"),
         ("experiment=demos", "Did you mean demo?"),
+        ("engine=fsp", "There are: deepspeed, fsdp, latent, single."),
     ],
 )
 def test_mistakes_name_the_nearest_valid_setting(argument: str, message: str):
