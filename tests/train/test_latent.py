@@ -8,7 +8,7 @@ import pytest
 import torch
 from equal import D_MODEL, MODELS, Case, batches, engine_of, initial_state, run, settings
 from pool import pool_of
-from test_equal import assert_equal_steps
+from test_equal import ROUNDING, assert_equal_steps
 
 from benchmarks.traffic import RingTraffic
 from extract.errors import BadInput
@@ -60,7 +60,7 @@ def test_dead_latents_may_lie_anywhere(case, name):
     assert trace.metrics[0]["train/dead"] == len(DEAD[name])
     assert (trace.metrics[0]["train/auxk"] > 0) == (len(DEAD[name]) > 0)
     traces = pool_of(4).run(run, case, batches(case, 1), [before])
-    assert_equal_steps(case, [before], trace, traces, 1e-5, 1e-5)
+    assert_equal_steps(case, [before], trace, traces, ROUNDING)
 
 
 def test_parts_of_latents_are_nearly_equal():
