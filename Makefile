@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench: each installs into .venv by itself the first time.
+# make demo | make test | make test-slow | make check | make bench: each installs into .venv by itself the first time.
 # Another Python: make PYTHON=python3.12 demo. Other indexes or wheels for pip: make PIP_ARGS="..." demo.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ STORE_ARGS ?=
 TRAIN_ARGS ?=
 PAIRS := base_simpo base_dpo simpo_dpo
 
-.PHONY: demo test check bench
+.PHONY: demo test test-slow check bench
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -23,7 +23,10 @@ demo: $(INSTALLED)
 	$(BIN)/python -m analysis experiment=demo outputs=$(OUTPUTS) $(STORE_ARGS) $(TRAIN_ARGS)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow"
+
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m slow
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

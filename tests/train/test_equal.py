@@ -19,6 +19,7 @@ from pool import pool_of
 from train.pieces import SavedState
 from train.ranks import Group
 
+pytestmark = pytest.mark.slow
 REFERENCES = {str(case.reference()): case.reference() for case in (*FROM_EACH, *FREE, *NARROW)}
 BETA = 0.9
 # torch's fused Adam takes the clip in float32, whatever the weights are in; steps add that up.

@@ -14,6 +14,7 @@ from pool import pool_of
 from train.crosscoder import Crosscoder
 from train.pieces import SavedState
 
+pytestmark = pytest.mark.slow
 CASES = [*[case for case in MATRIX if case.step == "sparse"], *TWO_COPIES, *OTHERS]
 EARLY = {"threshold_start_step": 2}
 # Held-out tokens: two batches and one of three tokens, of which some ranks have none.
