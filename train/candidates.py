@@ -10,6 +10,7 @@ Shapes: N entries, S selected, B tokens, C latents of a chunk.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -102,30 +103,33 @@ class Growing:
         return kept.at(kept.position.argsort())
 
     def _search_first(self, chunk: Chunk) -> None:
-        """While there is no bound, take what is above a guess, or once more without it when it proves too high."""
-        before, guess = list(self._parts), self._guess(chunk)
-        self._search(chunk, guess)
-        if guess > 0:
+        """While there is no bound, take what is above a guess, or above a lower one where that proves too high."""
+        before = list(self._parts), self._num_entries
+        for guess in self._guesses(chunk):
+            (self._parts, self._num_entries), self._bound = (list(before[0]), before[1]), 0.0
+            self._search(chunk, guess)
+            if guess == 0:
+                return
             self._thin(None)
-        if guess > self._bound:
-            self._parts, self._num_entries, self._bound = before, sum(len(part.score) for part in before), 0.0
-            self._search(chunk, 0.0)
+            if self._bound >= guess:
+                return
 
-    def _guess(self, chunk: Chunk) -> float:
-        """A score that about `num_selected` others of the chunk exceed, from a sample; 0 where there are too few.
+    def _guesses(self, chunk: Chunk) -> Iterator[float]:
+        """Scores that about `num_selected` others of the chunk exceed, and four times as many, from a sample; then 0.
 
-        Four standard deviations are added to the rank that it is expected to have in the sample.
+        Four standard deviations are added to the rank that they are expected to have in the sample.
         """
         num_scores = chunk.pre_BC.numel()
-        if num_scores <= 4 * self._num_selected:
-            return 0.0
-        stride = max(1, num_scores // SAMPLE_SIZE)
-        while math.gcd(stride, chunk.pre_BC.shape[1]) > 1:
-            stride += 1  # so that all latents are sampled
-        sample = chunk.entries(torch.arange(0, num_scores, stride), self._num_latents).score
-        expected = len(sample) * self._num_selected / num_scores
-        rank = math.ceil(expected + 4 * math.sqrt(expected) + 8)
-        return max(0.0, float(sample.topk(rank).values[-1])) if rank < len(sample) else 0.0
+        if num_scores > 4 * self._num_selected:
+            stride = max(1, num_scores // SAMPLE_SIZE)
+            while math.gcd(stride, chunk.pre_BC.shape[1]) > 1:
+                stride += 1  # so that all latents are sampled
+            sample = chunk.entries(torch.arange(0, num_scores, stride), self._num_latents).score
+            expected = len(sample) * self._num_selected / num_scores
+            rank = math.ceil(expected + 4 * math.sqrt(expected) + 8)
+            descending = sample.topk(min(4 * rank, len(sample))).values.tolist()
+            yield from (descending[n - 1] for n in (rank, 4 * rank) if n < len(sample) and descending[n - 1] > 0)
+        yield 0.0
 
     def _search(self, chunk: Chunk, bound: float) -> None:
         """Take all scores of a chunk that are at least `bound`, or at least the bound that rises on the way."""

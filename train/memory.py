@@ -50,7 +50,7 @@ Components = dict[str, float]
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """The sizes of one rank's part of a job, in one micro-batch."""
 
     # Tokens that are encoded here, and those that this rank read.
@@ -62,7 +62,7 @@ class _Part:
     width: int
 
     @classmethod
-    def of(cls, job: Job, layout: Layout) -> _Part:
+    def of(cls, job: Job, layout: Layout) -> Part:
         return cls(
             job.num_tokens / layout.token_ranks / job.num_micro_steps,
             job.num_tokens / layout.num_ranks / job.num_micro_steps,
@@ -100,17 +100,17 @@ class _Part:
 
 def peak_memory(job: Job, layout: Layout, device: str = "cuda") -> Components:
     """What is alive on a rank at the step's largest moment, by name; `device` is cuda or cpu."""
-    part, state = _Part.of(job, layout), state_memory(job, layout, device)
-    gathered = _sum(state, {OPERANDS: _gathered(job, layout, device)})
+    part, state = Part.of(job, layout), state_memory(job, layout, device)
+    gathered = add(state, {OPERANDS: _gathered(job, layout, device)})
     is_readable = job.step == "readable"
     moments = _readable_moments(job, layout, part) if is_readable else _sparse_moments(job, layout, part, device)
-    peaks = [_sum(gathered, moment) for moment in moments]
-    peaks += [_sum(state, _gather_moment(job, layout, device)), _sum(state, _reduce_moment(job, layout, device))]
-    stored = job.stored_token_bytes * _stored_tokens(job, layout)
-    return max((_sum(peak, {BATCH: stored}) for peak in peaks), key=lambda peak: sum(peak.values()))
+    peaks = [add(gathered, moment) for moment in moments]
+    peaks += [add(state, _gather_moment(job, layout, device)), add(state, _reduce_moment(job, layout, device))]
+    stored = job.stored_token_bytes * stored_tokens(job, layout)
+    return largest([add(peak, {BATCH: stored}) for peak in peaks])
 
 
-def _stored_tokens(job: Job, layout: Layout) -> float:
+def stored_tokens(job: Job, layout: Layout) -> float:
     """Tokens as they were read: those of this step and those read ahead, and in `latent` those of the other ranks."""
     gathered = job.num_tokens / layout.token_ranks if layout.latent_ranks > 1 else 0
     return RING * job.num_tokens / layout.num_ranks + gathered
@@ -123,7 +123,8 @@ def state_memory(job: Job, layout: Layout, device: str = "cuda") -> Components:
     weights, gradients, on_device = part, whole / layout.latent_ranks, 0 if layout.offload_optimizer else 1
     if layout.engine == "deepspeed":
         weights = part if layout.zero_stage == 3 else whole
-        gradients = (whole if job.step == "sparse" else 0) + (BUCKET if layout.zero_stage == 3 else 0)
+        offloading = FLOAT * job.num_weights if layout.offload_optimizer else 0  # what a gradient passes through
+        gradients = (whole if job.step == "sparse" else 0) + (BUCKET if layout.zero_stage == 3 else offloading)
     latents = job.num_latents / layout.latent_ranks
     return {
         WEIGHTS: weights,
@@ -180,17 +181,19 @@ def _reduce_moment(job: Job, layout: Layout, device: str) -> Components:
     own = whole if job.step == "readable" else 0
     if layout.zero_stage == 3:
         return {GRADIENTS: own + part + copied}
-    # The part that Adam reads, which is gone when gloo gathers the weights; DeepSpeed copies gradients of autograd.
+    # The part that Adam reads, which is gone when gloo gathers the weights; DeepSpeed copies gradients of autograd, and
+    # takes the norms of those that it offloads in float64.
     gathered = whole if device == "cpu" else 0
-    return {GRADIENTS: own + max(own + part, gathered) + BUCKET}
+    normed = min(weight, part) * 2 + copied if layout.offload_optimizer else 0
+    return {GRADIENTS: own + max(own + part, gathered, normed) + BUCKET}
 
 
-def _sparse_moments(job: Job, layout: Layout, part: _Part, device: str) -> list[Components]:
+def _sparse_moments(job: Job, layout: Layout, part: Part, device: str) -> list[Components]:
     """The moments of `train.sparse` in which most is alive."""
     sorted_codes = {SELECTION: part.codes * (2 * CODE)}
     narrow = device == "cuda" and job.precision == "bf16"  # copies of the batch and its gradient for the kernels
     moments = [
-        _encode_moment(job, layout, part, device),
+        encode_moment(job, layout, part, device),
         {
             BATCH: part.batch + (_errors(job) - 1) * part.own,
             SELECTION: part.codes * (CODE - FLOAT),
@@ -221,7 +224,7 @@ def _errors(job: Job) -> int:
     return 5 + (1 if job.num_dead else 0) + job.has_delta
 
 
-def _encode_moment(job: Job, layout: Layout, part: _Part, device: str) -> Components:
+def encode_moment(job: Job, layout: Layout, part: Part, device: str) -> Components:
     """One chunk of codes, and the candidates among them: of all ranks' codes any rank may have found the largest."""
     chunk = chunk_latents(int(part.tokens), int(part.latents), job.product_bytes, device)
     in_chunk = part.tokens * chunk
@@ -238,19 +241,21 @@ def _encode_moment(job: Job, layout: Layout, part: _Part, device: str) -> Compon
     }
 
 
-def _readable_moments(job: Job, layout: Layout, part: _Part) -> list[Components]:
+def _readable_moments(job: Job, layout: Layout, part: Part) -> list[Components]:
     """The moments of `train.readable` and its backward pass, in bf16 with copies of what is multiplied.
 
     Gradients are made anew in each step; of those that the state has, what does not exist yet is taken off again. In
-    fsdp they are there always, and each is made beside them before it is added, where AuxK has a share of two parts.
+    fsdp they are there always, and each is made beside them before it is added; of W_dec, where AuxK has a share, both
+    parts and their sum.
     """
     weight = FLOAT * part.latents * part.width
     there = 0 if layout.engine == "deepspeed" else 2
     narrow, auxk = float(job.precision == "bf16"), float(part.dead > 0)
+    beside = 0, 1 + 2 * auxk, 1 + auxk
 
     def moment(made: int, batches: float, matrices: float, copies: float, dead: float = 0) -> Components:
         return {
-            GRADIENTS: (min(made, 1 + auxk) if layout.engine == "fsdp" else made - there) * weight,
+            GRADIENTS: (beside[made] if layout.engine == "fsdp" else made - there) * weight,
             BATCH: batches * part.batch,
             CODES: matrices * part.matrix,
             OPERANDS: copies * narrow * weight,
@@ -269,6 +274,11 @@ def _readable_moments(job: Job, layout: Layout, part: _Part) -> list[Components]
     ]
 
 
-def _sum(first: Components, second: Components) -> Components:
+def largest(moments: list[Components]) -> Components:
+    """The moment in which most is alive."""
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def add(first: Components, second: Components) -> Components:
     """Component by component, of all components."""
     return {name: first.get(name, 0) + second.get(name, 0) for name in COMPONENTS}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from train.gpus import Gpu
 from train.job import FLOAT, Job, Layout, layouts
-from train.memory import peak_memory
+from train.memory import largest
+from train.run_memory import host_memory, run_memory
 from train.step_time import PRODUCTS, Machine, StepTime, sent_bytes, step_time
 
 GIB = 2**30
@@ -35,11 +36,18 @@ class Option:
     """One engine on the machine."""
 
     layout: Layout
-    # Bytes of what is alive on a GPU at the step's largest moment, by name.
-    memory: dict[str, float]
+    # Bytes of what is alive on a GPU at the largest moment of each part of a run, by name.
+    parts: dict[str, dict[str, float]]
     time: StepTime
     # Whether it fits into a GPU.
     fits: bool
+    # Bytes that the rank of a GPU takes on the host, besides batches.
+    host: float = 0
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Bytes at the largest moment of the run, by name."""
+        return largest(list(self.parts.values()))
 
     @property
     def peak(self) -> float:
@@ -83,9 +91,13 @@ def plan_options(job: Job, machine: Machine, layouts: list[Layout]) -> list[Opti
 
 
 def _option(job: Job, machine: Machine, layout: Layout) -> Option:
-    memory = peak_memory(job, layout)
-    fits = sum(memory.values()) <= usable_bytes(machine.gpu)
-    return Option(layout, memory, step_time(job, layout, machine), fits)
+    parts = run_memory(job, layout)
+    fits = _peak(job, layout) <= usable_bytes(machine.gpu)
+    return Option(layout, parts, step_time(job, layout, machine), fits, host_memory(job, layout))
+
+
+def _peak(job: Job, layout: Layout) -> float:
+    return sum(largest(list(run_memory(job, layout).values())).values())
 
 
 def usable_bytes(gpu: Gpu) -> float:
@@ -117,7 +129,7 @@ def _more_gpus(plan: Plan) -> str:
     usable = usable_bytes(plan.machine.gpu)
     for num_gpus in (2, 4, 8, 16, 32, 64):
         for layout in layouts(num_gpus) if num_gpus > plan.machine.num_gpus else []:
-            peak = sum(peak_memory(plan.job, layout).values())
+            peak = _peak(plan.job, layout)
             if peak <= usable:
                 return f"On {num_gpus} of these GPUs {layout.setting} would ({peak / GIB:.1f} GiB on each)."
     return "Nor would another, on up to 64 of these GPUs: lower crosscoder.num_latents or take a larger GPU."

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from train.memory import COMPONENTS
 from train.plan_options import GIB, Option, Plan, choice, duration, usable_bytes, warnings
+from train.run_memory import SAVING, STEPS, VALIDATION
 from train.step_time import sent_bytes, step_flops
 
 LABEL_WIDTH, TOTAL_WIDTH = 28, 100
@@ -57,8 +58,13 @@ def _memory(plan: Plan) -> str:
     def row(name: str) -> str:
         return _row(name, plan, lambda option: _number(option.memory.get(name, 0) / size))
 
+    def largest_of(part: str) -> str:
+        return _row(f"  in {part}", plan, lambda option: _number(sum(option.parts[part].values()) / size))
+
     rows = [*map(row, names), _row("peak", plan, lambda option: _number(option.peak / size))]
+    rows += map(largest_of, (STEPS, VALIDATION, SAVING))
     rows += [_row(f"of {usable:,.1f} usable", plan, lambda option: "fits" if option.fits else "too large")]
+    rows += [_row("of the host", plan, lambda option: _number(option.host / size))]
     return "\n".join([_header(f"memory per GPU, {unit}", plan), *rows])
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout  # no public name in torch 2.6
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout  # it has no public name
 
 from extract.devices import choose_device
 from extract.errors import BadInput

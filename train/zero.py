@@ -67,6 +67,8 @@ class ZeroWeights:
         self._adam = PartAdam(self._module.parameters(), training.adam_betas, training.max_grad_norm)
         place = SimpleNamespace(device_rank=world.device.index or 0)
         self._engine, *_ = self._deepspeed.initialize(place, self._module, self._adam, config=config)
+        # Clipping is ours, and DeepSpeed would take the norm of a float64 copy of the summed gradients.
+        self._engine.optimizer.get_grad_norm_direct = lambda *of_part: torch.zeros(())
         if not self._offloads:
             self._share_masters()
         self._make_moments()

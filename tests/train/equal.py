@@ -163,3 +163,8 @@ def run(world, case, data, states):
             metrics.append(engine.step(x_bMD, token_b=token_b))
             after.append(copied(engine.state()))
     return Trace(metrics, selected, after)
+
+
+def positive(metrics):
+    """Numbers that can be compared by their size: of explained variance what it leaves."""
+    return {name: 1 - value if "variance_explained" in name else value for name, value in metrics.items()}

@@ -54,6 +54,21 @@ def test_the_headline_job_is_the_papers():
     assert plan.disk["checkpoints"] == (2 + 1) * 12 * plan.job.num_parameters
 
 
+def test_memory_is_that_of_the_largest_part_of_a_run():
+    """A host has 12 bytes a parameter of a rank's part for a checkpoint; where no device has the whole crosscoder, rank
+    0's has it in the end.
+    """
+    plan = plan_of()
+    for option in plan.options:
+        needed = {part: sum(memory.values()) for part, memory in option.parts.items()}
+        assert list(needed) == ["steps", "validation", "saving"] and option.peak == max(needed.values())
+    hosts = {option.layout.label: option.host for option in plan.options}
+    assert hosts["fsdp"] == 12 * plan.job.num_parameters / 8
+    assert hosts["ZeRO-1"] == hosts["latent"] == 4 * plan.job.num_parameters
+    text = report(plan)
+    assert all(re.search(rf"^ +in {part} .*\d", text, re.MULTILINE) for part in needed)
+
+
 def test_flops_of_a_token_are_one_product_or_five():
     """1.644 GF a product; the sparse step costs one and 0.35 %, so 4.98 times less than dense autograd."""
     sparse = replace(plan_of().job, num_dead=0)
@@ -148,7 +163,7 @@ def test_reading_passes_beside_the_step_and_bounds_it_when_it_is_longer():
 
 
 def option(engine: str, seconds: float, fits: bool = True, ranks: int = 8) -> Option:
-    return Option(Layout(engine, ranks), {"weights": 2**30}, StepTime({"Adam": seconds}, 0.0, 0.0), fits)
+    return Option(Layout(engine, ranks), {"steps": {"weights": 2**30}}, StepTime({"Adam": seconds}, 0.0, 0.0), fits)
 
 
 def test_the_fastest_that_fits_is_chosen_and_the_simpler_of_two_about_as_fast():
