@@ -121,11 +121,20 @@ def test_every_engine_is_killed_and_continues_others():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", TRIALS)
 def test_one_rank_is_killed_at_a_random_step_and_others_continue(study, seed):
-    """Two kills, between engines and numbers of ranks drawn at random."""
-    (first, second, last), choice = drawn(seed)
+    assert_killed_and_continued(study, f"trial{seed}", *drawn(seed))
+
+
+@pytest.mark.slow
+def test_four_ranks_become_two_and_then_one(study):
+    assert_killed_and_continued(study, "fewer", [("fsdp", 4), ("latent", 2), ("single", 1)], random.Random(0))
+
+
+def assert_killed_and_continued(study, name, launches, choice):
+    """Of the first two launches a rank is killed, and the third finishes what nothing seems to have interrupted."""
+    first, second, last = launches
     in_float32 = "deepspeed" in (first[0], second[0], last[0])
     dtype, tolerance = (torch.float32, FLOAT32) if in_float32 else (torch.float64, FLOAT64)
-    run, kept = study / "runs" / f"trial{seed}", []
+    run, kept = study / "runs" / name, []
     for (engine, num_ranks), step in ((first, choice.randrange(1, 18)), (second, choice.randrange(18, NUM_STEPS - 8))):
         launch = Launch(study, run.name, engine, num_ranks, dtype)
         launch.kill_one(choice.randrange(num_ranks), max(step, last_step(run) + 1), choice.uniform(0.0, 0.03))
