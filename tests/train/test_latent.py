@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -71,12 +72,12 @@ def test_parts_of_latents_are_nearly_equal():
 
 
 def put_together(world, num_rows, block_size):
-    latent.BLOCK_SIZE = block_size
     everyone = world.everyone
     whole = torch.arange(3 * num_rows).view(num_rows, 3).float()
     own = latents_of(num_rows, everyone.rank, everyone.size)
     into = torch.zeros(num_rows, 3) if everyone.rank == 0 else None
-    gather_rows(whole[own.start : own.stop], into, num_rows, everyone)
+    with mock.patch.object(latent, "BLOCK_SIZE", block_size):
+        gather_rows(whole[own.start : own.stop], into, num_rows, everyone)
     return into is None or torch.equal(into, whole)
 
 
