@@ -108,8 +108,8 @@ def lines_of(run):
 
 
 def saved_lines(run):
-    """The lines of the metrics, those of speed among them, that the newest checkpoint vouches for."""
-    steps = [int(path.parent.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*/state.json")]
+    """The lines of the metrics, those of speed among them, that the newest published checkpoint vouches for."""
+    steps = [int(path.parent.name.removeprefix("step-")) for path in run.glob("checkpoints/step-????????/state.json")]
     return (run / "metrics.jsonl").read_text().splitlines()[: max(steps, default=0)]
 
 
