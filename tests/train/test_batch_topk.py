@@ -173,6 +173,21 @@ def test_a_misleading_sample_does_not_change_the_result(monkeypatch, stride):
             assert places(select(scores, num_selected)) == sorted_places(scores, num_selected)
 
 
+def test_a_first_bound_that_is_too_high_is_lowered_before_all_scores_are_taken(monkeypatch):
+    """Every 31st of a million scores is looked at, and 150 of these stand out: above the bound that they suggest are
+    too few, above that of four times as many about 13,000.
+    """
+    scores, taken, entries = (
+        torch.rand(1000, 1000, generator=torch.Generator().manual_seed(0)),
+        [],
+        candidates.Chunk.entries,
+    )
+    scores.flatten()[::31][:150] += 50
+    monkeypatch.setattr(candidates.Chunk, "entries", lambda *chunk: taken.append(len(chunk[1])) or entries(*chunk))
+    assert places(select(scores, 2000)) == sorted_places(scores, 2000)
+    assert max(taken) < candidates.BLOCK_SIZE / 4
+
+
 def test_chunks_may_have_gaps_in_memory():
     pre_BL = torch.randn(20, 90, generator=torch.Generator().manual_seed(0))
     top = TopScores(50, 20, 30, torch.device("cpu"))
