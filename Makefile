@@ -1,4 +1,5 @@
-# make demo | make test | make test-slow | make check | make bench: each installs into .venv by itself the first time.
+# make demo | make test | make test-slow | make test-slurm | make check | make bench: each installs into .venv by itself the
+# first time.
 # Another Python: make PYTHON=python3.12 demo. Other indexes or wheels for pip: make PIP_ARGS="..." demo.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ STORE_ARGS ?=
 TRAIN_ARGS ?=
 PAIRS := base_simpo base_dpo simpo_dpo
 
-.PHONY: demo test test-slow check bench
+.PHONY: demo test test-slow test-slurm check bench
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -27,6 +28,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m slow
+
+# The cluster scripts on a real Slurm that the tests bring up: as root, with the packages that .ci/run installs.
+test-slurm: $(INSTALLED)
+	CROSSDIFF_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,25 +12,38 @@ with one_line_interrupts():
 
     from analysis.config import AnalysisSettings
     from analysis.steps import inputs_of_latents, run_steps, steps_of_pair, steps_of_study
+    from analysis.tracking import track
     from extract.command import experiment_of, pairs_of, run
     from extract.publish import publish
+    from extract.restarts import note_start
     from train.runs import run_folder, selected_pair
 
 
 def main(settings: AnalysisSettings) -> None:
     """Analyses the selected pairs, then compares and reports all pairs of the study that are analysed."""
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+    _note_start(settings)
     places = [(pair, *folders_of(pair)) for pair in pairs_of(settings)]
     for pair, crosscoder_folder, _ in places:  # what one pair lacks is said before hours of work on another
         inputs_of_latents(pair, crosscoder_folder)
+    any_done = False
     for pair, crosscoder_folder, folder in places:
         save_settings(pair, folder)
-        run_steps(steps_of_pair(pair, crosscoder_folder, folder), folder)
+        any_done |= run_steps(steps_of_pair(pair, crosscoder_folder, folder), folder)
     pair, _, folder = places[0]
     report_folder = Path(settings.outputs) / "report"
     save_settings(settings, report_folder)
-    run_steps(steps_of_study(settings, analysed_folders(pair, folder)), report_folder)
+    folders = analysed_folders(pair, folder)
+    if run_steps(steps_of_study(settings, folders), report_folder) or any_done:
+        track(settings, folders, report_folder)
     print(f"report: {report_folder / 'index.html'}")
+
+
+def _note_start(settings: AnalysisSettings) -> None:
+    """Of a requeued job; see `extract.restarts`."""
+    finished = sum(1 for _ in Path(settings.outputs).glob("analysis/*/*.json"))
+    path = Path(settings.outputs) / "report" / "restarts.json"
+    note_start(path, finished, settings.max_restarts_without_progress, f"{finished} finished steps of the analysis")
 
 
 def save_settings(settings: AnalysisSettings, folder: Path) -> None:

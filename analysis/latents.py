@@ -27,7 +27,6 @@ from analysis.scaling import (
     Codes,
     ScalingSums,
     decoder_gram,
-    delta_norm,
     delta_norm_tags,
     holders,
     nu,
@@ -40,6 +39,7 @@ from extract.models import load_tokenizer
 from extract.publish import publishing
 from train.crosscoder import Crosscoder
 from train.data import ActivationPairs
+from train.histograms import delta_norm
 from train.runs import hookpoint_of
 
 LATENTS, EXAMPLES, MAXIMA = "latents.parquet", "examples.sqlite", "document_maxima.parquet"

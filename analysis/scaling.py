@@ -100,17 +100,6 @@ def decoder_gram(W_dec_LMD: Tensor) -> Tensor:
     return torch.cat([torch.einsum("jad,jmd->jam", chunk, chunk).cpu() for chunk in chunks])
 
 
-def delta_norm(norms_LM: Tensor) -> Tensor:
-    """Delta-norm of all ordered pairs (L, M, M): [j, a, b] is 0 where only a has a decoder row, 1 where only b has.
-
-        0.5 * ((||d_j^b|| - ||d_j^a||) / max(||d_j^a||, ||d_j^b||) + 1)
-
-    NaN where both rows are zero. Source: arXiv 2504.02922.
-    """
-    a_LM1, b_L1M = norms_LM[:, :, None], norms_LM[:, None, :]
-    return 0.5 * ((b_L1M - a_LM1) / torch.maximum(a_LM1, b_L1M) + 1)
-
-
 def nu(sums: ScalingSums, gram_LMM: Tensor) -> tuple[Tensor, Tensor]:
     """nu_error and nu_reconstruction of all ordered pairs, each (L, M, M), [j, focus, other], float64.
 

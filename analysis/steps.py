@@ -47,8 +47,9 @@ class Step:
     work: Callable[[], object]
 
 
-def run_steps(steps: list[Step], folder: Path) -> None:
-    """Does the steps that are missing in `folder`, in their order, and says which it skips."""
+def run_steps(steps: list[Step], folder: Path) -> bool:
+    """Does the steps that are missing in `folder`, in their order, and says which it skips; whether any was missing."""
+    any_missing = False
     for step in steps:
         record = record_of(step)
         path = folder / f"{step.name}.json"
@@ -59,6 +60,8 @@ def run_steps(steps: list[Step], folder: Path) -> None:
         print(f"{folder.name}: {step.name}")
         step.work()
         publish(path, (json.dumps(record, indent=1) + "\n").encode())
+        any_missing = True
+    return any_missing
 
 
 def record_of(step: Step) -> dict:

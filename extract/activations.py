@@ -27,9 +27,12 @@ from extract.command import run
 from extract.config import DTYPES, ExtractSettings
 from extract.devices import choose_device
 from extract.errors import BadInput
+from extract.interrupts import stops_interrupt
 from extract.made_with import check_folder, settings_sha256, start_folder
 from extract.models import CutModel, check_context, check_model, load_blocks
+from extract.progress import ProgressLog
 from extract.remote import refuse_writing
+from extract.restarts import note_shards
 from extract.shards import finish_activations, write_activation_shard
 from extract.stores import ActivationStore, TokenStore
 from extract.weights import identity, weights_of
@@ -49,22 +52,29 @@ def extract(settings: ExtractSettings) -> None:
     check_spread(settings, os.environ)
     _check_models(settings, int(tokens.lengths.max()))
     open_models = [ModelShards(settings, tokens, name) for name in settings.needed_models]
-    with Claims(settings.claims_folder, settings.activations.claim_timeout_s) as claims:
+    with (
+        Claims(settings.claims_folder, settings.activations.claim_timeout_s) as claims,
+        ProgressLog(settings, tokens, claims) as progress,
+    ):
         for model in open_models:
             model.start(claims)
+        note_shards(settings.claims_folder, _all_folders(settings), settings.max_restarts_without_progress)
         while open_models:
             before, computed = open_models, 0
             open_models = []
             for model in before:
                 config = settings.models[model.name]
                 load = partial(load_blocks, model.name, config, model.hookpoints, device)
-                computed += model.compute(claims, load)
+                computed += model.compute(claims, load, progress.note)
                 if not model.finish(claims):
                     open_models.append(model)
             if open_models and not computed:
                 if not settings.activations.wait:
                     break
+                progress.note()
                 time.sleep(POLL_S)
+        if not open_models:
+            progress.finished()
     for model in open_models:
         print(f"activations: {model.name} lacks {len(model.missing)} shards, which other workers are at")
 
@@ -84,6 +94,11 @@ def _check_models(settings: ExtractSettings, longest: int) -> None:
             raise BadInput(
                 f"pairs.{pair}: its models have different widths ({listed}). A crosscoder compares models of one width."
             )
+
+
+def _all_folders(settings: ExtractSettings) -> list[Path]:
+    models = settings.needed_models
+    return [settings.activations_folder(model, hook) for model in models for hook in settings.hookpoints_of(model)]
 
 
 def worker_device(name: str, environment: Mapping[str, str]) -> torch.device:
@@ -146,9 +161,9 @@ class ModelShards:
         for hookpoint, folder in self._folders().items():
             start_folder(folder, self._made_with[hookpoint], claims.others_at_work(self.name))
 
-    def compute(self, claims: Claims, load: Callable[[], CutModel]) -> int:
+    def compute(self, claims: Claims, load: Callable[[], CutModel], note: Callable[[], None]) -> int:
         """Compute every missing shard that no other worker holds, if there is one with the model that `load` gives;
-        returns how many tokens that were.
+        returns how many tokens that were. `note` is called between shards.
         """
         for hookpoint, folder in self._folders().items():
             check_folder(folder, self._made_with[hookpoint])  # a worker that began when we did may have replaced it
@@ -164,6 +179,7 @@ class ModelShards:
                 writing.submit(partial(self._write, claims, claim, number, shard))
                 computed += shard.computed_tokens
                 documents += sum(shard.lengths)
+                note()
         if documents:
             seconds = time.monotonic() - began
             print(
@@ -258,5 +274,10 @@ class ModelShards:
         )
 
 
+def main(settings: ExtractSettings) -> None:
+    with stops_interrupt():
+        extract(settings)
+
+
 if __name__ == "__main__":
-    run(ExtractSettings, extract)
+    run(ExtractSettings, main)

@@ -61,20 +61,22 @@ def check_adapter(name: str, architecture: Any, adapter: Path) -> None:
                 )
 
 
-def merge_adapter(decoder: nn.Module, adapter: Path) -> None:
-    """Add the adapter's products B A, scaled, to the weights of `decoder`, in the weights' own precision.
+def merge_adapter(model: nn.Module, adapter: Path) -> None:
+    """Add the adapter's products B A, scaled, to the weights of `model`, in the weights' own precision.
 
-    An adapter names its modules from the model with a head; a shell with the decoder under its usual name stands for
-    that model, so the head is never built. Adapted blocks beyond a cut find no module and are left out.
+    An adapter names its modules from the model with a head. Around a decoder without one, a shell with the decoder
+    under its usual name stands for that model. Adapted blocks beyond a cut find no module and are left out.
     """
     from peft import PeftConfig, PeftModel  # slow to import, and most models need none
 
-    shell = nn.Module()
-    shell.add_module(str(decoder.base_model_prefix), decoder)
+    whole = model
+    if model.base_model is model:
+        whole = nn.Module()
+        whole.add_module(str(model.base_model_prefix), model)
     config = PeftConfig.from_pretrained(str(adapter))
-    config.task_type = None  # peft would ask the shell to generate text
+    config.task_type = None  # peft would ask a shell to generate text
     with torch.no_grad():
-        PeftModel.from_pretrained(shell, str(adapter), config=config).merge_and_unload()
+        PeftModel.from_pretrained(whole, str(adapter), config=config).merge_and_unload()
 
 
 def _open(name: str, adapter: Path) -> Any:

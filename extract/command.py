@@ -12,8 +12,9 @@ import errno
 import itertools
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import CompactHydraException, HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -51,7 +53,7 @@ OWNERS = {
     "training": "python -m train",
     "data": "python -m train",
     "engine": "python -m train",
-    "tracking": "python -m train",
+    "sweep": "python -m train",
     "analysis": "python -m analysis",
 }
 # What the settings that hold several of a kind hold, as a command line names one of them.
@@ -62,28 +64,35 @@ Settings = TypeVar("Settings", bound=ExtractSettings)
 
 def run(
     settings_class: type[Settings],
-    function: Callable[[Settings], None],
+    function: Callable[[Settings], object],
     speaks: Callable[[Exception], bool] = lambda error: True,
+    launcher: str | None = None,
 ) -> None:
     """Compose the settings from the command line, check them, call `function` with them.
+
+    A sweep's members are started by Hydra's launcher `launcher`, unless the command line names one. What `function`
+    returns is what Hydra's sweepers compare members by.
 
     Exits with 2 and one line on standard error for input that a user can mend (BadInput, no space left), with 130 and
     one line when interrupted, with Hydra's status else. Of several processes with one command line, that which `speaks`
     says what is wrong with it.
     """
     with one_line_interrupts():
-        _run(settings_class, function, speaks)
+        _run(settings_class, function, speaks, launcher)
 
 
 def _run(
-    settings_class: type[Settings], function: Callable[[Settings], None], speaks: Callable[[Exception], bool]
+    settings_class: type[Settings],
+    function: Callable[[Settings], object],
+    speaks: Callable[[Exception], bool],
+    launcher: str | None,
 ) -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(settings_class))
         sys.exit()
     ConfigStore.instance().store(name="schema", node=settings_class)
     try:
-        sys.argv[1:] = check_overrides(settings_class, sys.argv[1:])
+        sys.argv[1:] = check_overrides(settings_class, _with_launcher(sys.argv[1:], launcher))
         if all(argument in MULTIRUN for argument in sys.argv[1:] if argument.startswith("-")):
             for overrides in _members(sys.argv[1:]):  # the same compositions as below, for errors of one line
                 compose(settings_class, overrides)
@@ -91,9 +100,9 @@ def _run(
         sys.exit(_report(error) if speaks(error) else EXIT_BAD_INPUT)
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
-    def entry(config: DictConfig) -> None:
+    def entry(config: DictConfig) -> object:
         try:
-            function(_to_settings(settings_class, config, list(HydraConfig.get().overrides.task)))
+            return function(_to_settings(settings_class, config, list(HydraConfig.get().overrides.task)))
         except (BadInput, OSError) as error:
             if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
                 raise
@@ -104,9 +113,17 @@ def _run(
     entry()
 
 
+def _with_launcher(arguments: list[str], launcher: str | None) -> list[str]:
+    """The command line of a sweep with a launcher, any other as it is."""
+    chosen = any(argument.startswith("hydra/launcher=") for argument in arguments)
+    if launcher is None or chosen or not set(MULTIRUN) & set(arguments):
+        return arguments
+    return [*arguments, f"hydra/launcher={launcher}"]
+
+
 def _members(arguments: list[str]) -> list[list[str]]:
     """The command lines of a sweep's members, of which there is one where nothing is swept; Hydra's own settings left
-    out.
+    out. Of an interval, which a search draws from, the ends stand for all.
     """
     if not set(MULTIRUN) & set(arguments):
         return [arguments]
@@ -115,13 +132,24 @@ def _members(arguments: list[str]) -> list[list[str]]:
         parsed = OverridesParser.create().parse_overrides(own)
     except HydraException as error:
         raise BadInput(_one_line(error)) from error
-    choices = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-        if override.is_sweep_override()
-        else [str(override.input_line)]
-        for override in parsed
-    ]
-    return [list(member) for member in itertools.product(*choices)]
+    if "hydra/sweeper=search" in arguments and find_spec("optuna") is None:
+        raise BadInput("hydra/sweeper=search needs Optuna: pip install -e '.[sweep]'.")
+    searched = [str(o.input_line) for o in parsed if isinstance(o.value(), IntervalSweep)]
+    if searched and not any(argument.startswith("hydra/sweeper=") for argument in arguments):
+        raise BadInput(f"{searched[0]} is drawn from by a search. Add hydra/sweeper=search, or list values: a,b,c.")
+    return [list(member) for member in itertools.product(*map(_choices, parsed))]
+
+
+def _choices(override: Override) -> list[str]:
+    """The settings that an override stands for."""
+    swept = override.value()
+    if isinstance(swept, IntervalSweep):
+        values: Iterable[object] = [swept.start, swept.end]
+    elif override.is_sweep_override():
+        values = override.sweep_string_iterator()
+    else:
+        return [str(override.input_line)]
+    return [f"{override.get_key_element()}={value}" for value in values]
 
 
 def help_text(settings_class: type[ExtractSettings]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.errors import BadInput
+from extract.mirror import TrackingConfig
 from extract.remote import local_folder
 
 # Precisions of the forward pass, and the codec that stores each as it is.
@@ -162,6 +163,7 @@ class ExtractSettings:
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     kept: KeptConfig = field(default_factory=KeptConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     # How thoroughly extract.verify looks: fast (sizes, indexes, manifests) or full (hashes, decoding, finite values,
     # alignment).
     mode: str = "fast"
@@ -169,6 +171,8 @@ class ExtractSettings:
     repair: bool = False
     # extract.status shows its view again every few seconds until the store is complete.
     watch: bool = False
+    # A job of Slurm that is requeued more often than this without getting any further is refused.
+    max_restarts_without_progress: int = 3
     # The command line that this was composed from; filled in by the command.
     composed_from: list[str] = field(default_factory=list)
     # Sections of later stages, checked by the commands that own them.
@@ -176,7 +180,7 @@ class ExtractSettings:
     training: Any = None
     data: Any = None
     engine: Any = None
-    tracking: Any = None
+    sweep: Any = None
     analysis: Any = None
 
     def check(self) -> None:
@@ -194,6 +198,7 @@ class ExtractSettings:
         self._check_pairs()
         self._check_corpus()
         self._check_activations()
+        self.tracking.check()
         if self.kept.skip_first_tokens < 0 or self.kept.max_norm_ratio <= 1:
             raise BadInput(
                 f"kept.skip_first_tokens={self.kept.skip_first_tokens} must be >= 0 and "

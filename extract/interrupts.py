@@ -5,12 +5,27 @@ This module imports nothing heavy: a command enters `one_line_interrupts` before
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 # What shells report for a process that SIGINT ended: 128 + 2.
 EXIT_INTERRUPTED = 130
+
+
+@contextmanager
+def stops_interrupt() -> Iterator[None]:
+    """A block that SIGTERM and SIGUSR1, by which schedulers end jobs, interrupt as Ctrl-C does: what the process holds
+    is given back.
+    """
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

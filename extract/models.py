@@ -112,15 +112,10 @@ def load_blocks(name: str, config: ModelConfig, hookpoints: list[str], device: s
     """
     check_model(name, config, hookpoints)
     num_wanted = max(block_of(hookpoint) for hookpoint in hookpoints) + 1
-    adapter = adapter_folder(name, config)
-    loaded = _load_cut(name, config, num_wanted, torch.float32 if adapter else getattr(torch, config.dtype))
-    if adapter:
-        merge_adapter(loaded, adapter)
-        loaded = loaded.to(dtype=getattr(torch, config.dtype))
+    loaded, _ = load_as(transformers.AutoModel, name, config, num_wanted)
     # Of a model that also reads images its text decoder, without the rest; releases before 5 say None of others.
-    decoder = loaded.get_decoder() or loaded
-    decoder = (_spread(decoder) if config.device_map == "auto" else decoder.to(device=torch.device(device))).eval()
-    blocks = _blocks(decoder, num_wanted)
+    decoder = placed(loaded.get_decoder() or loaded, config, device)
+    blocks = blocks_of(decoder, num_wanted)
     first = next(decoder.parameters()).device
     return CutModel(decoder, {hookpoint: blocks[block_of(hookpoint)] for hookpoint in hookpoints}, first)
 
@@ -149,25 +144,45 @@ def _attention(name: str, config: ModelConfig, architecture: Any) -> str | None:
     return config.attention or "eager"
 
 
-def _load_cut(name: str, config: ModelConfig, num_wanted: int, dtype: torch.dtype) -> Any:
-    """The model with the first `num_wanted` blocks of its text decoder; the head is not part of it."""
+def load_as(kind: Any, name: str, config: ModelConfig, num_wanted: int | None = None) -> tuple[Any, list[str]]:
+    """The model as the auto class `kind` makes it, its adapter merged, in the configured dtype, on the CPU; of its text
+    decoder the first `num_wanted` blocks, or all. And the names of parameters that its files do not hold.
+    """
+    dtype, adapter = getattr(torch, config.dtype), adapter_folder(name, config)
+    loaded, missing = _load(kind, name, config, num_wanted, torch.float32 if adapter else dtype)
+    if adapter:
+        merge_adapter(loaded, adapter)
+        loaded = loaded.to(dtype=dtype)
+    return loaded, missing
+
+
+def _load(
+    kind: Any, name: str, config: ModelConfig, num_wanted: int | None, dtype: torch.dtype
+) -> tuple[Any, list[str]]:
     place, architecture = model_folder(name, config), _architecture(name, config)
     text = architecture.get_text_config()
-    text.num_hidden_layers = num_wanted
+    text.num_hidden_layers = num_wanted or text.num_hidden_layers
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:num_wanted]
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
     transformers.logging.set_verbosity_error()  # or it reports every weight beyond the cut as unexpected
     transformers.logging.disable_progress_bar()
     try:
-        return transformers.AutoModel.from_pretrained(
+        loaded, found = kind.from_pretrained(
             place,
             revision=config.revision,
             config=architecture,
             dtype=dtype,
             attn_implementation=_attention(name, config, architecture),
+            output_loading_info=True,
         )
+        return loaded, sorted(found["missing_keys"])
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _cannot_load(name, place, "model", error) from error
+
+
+def placed(decoder: Any, config: ModelConfig, device: str | torch.device) -> Any:
+    """The decoder on `device`, or spread as `device_map` says; ready to compute."""
+    return (_spread(decoder) if config.device_map == "auto" else decoder.to(device=torch.device(device))).eval()
 
 
 def _spread(decoder: Any) -> Any:
@@ -194,7 +209,7 @@ def model_folder(name: str, config: ModelConfig) -> str:
     return config.id
 
 
-def _blocks(model: nn.Module, expected: int) -> nn.ModuleList:
+def blocks_of(model: nn.Module, expected: int) -> nn.ModuleList:
     """The list of a decoder's blocks, which every one of transformers keeps in a ModuleList: of those with the expected
     length it is the one with the most parameters, for experts and the like lie within blocks.
     """

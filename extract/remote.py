@@ -55,8 +55,9 @@ def local_folder(store: str, *parts: str) -> Path:
     return _mounted(join(store, *parts)) if is_url(store) else Path(store, *parts)
 
 
-def mount(url: str) -> Path:
-    """Fetch the manifest at `url` and return the local folder that fills itself with what is read.
+def mount(url: str, cache: Path | None = None) -> Path:
+    """Fetch the manifest at `url` and return the local folder that fills itself with what is read, in `cache` or the
+    usual one.
 
     Raises:
         BadInput: the manifest cannot be fetched or is damaged; nothing is left behind.
@@ -64,7 +65,7 @@ def mount(url: str) -> Path:
     manifest_url = _file_url(url, "manifest.json")
     data = b"".join(_stream(manifest_url))
     Manifest.parse(data, manifest_url)
-    folder = cache_folder() / hashlib.sha256(data).hexdigest()
+    folder = (cache or cache_folder()) / hashlib.sha256(data).hexdigest()
     for name, content in ((ORIGIN, url.encode()), ("manifest.json", data)):
         if not (folder / name).exists() or (folder / name).read_bytes() != content:
             publish(folder / name, content)

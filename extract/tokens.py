@@ -23,12 +23,14 @@ from extract.command import run
 from extract.config import CorpusConfig, ExtractSettings, SourceConfig
 from extract.corpus import check_first_documents, check_sources, source_name
 from extract.fingerprint import check_unchanged, fingerprints
+from extract.interrupts import stops_interrupt
 from extract.made_with import read_settings, start_folder
 from extract.manifest import ShardEntry
 from extract.mapped import MappedShard
 from extract.mixing import Mixture, SourceState, content_digest, digest_of
 from extract.publish import publish
 from extract.records import check_encoding, hub_commit, is_local, other_splits
+from extract.restarts import note_shards
 from extract.shards import write_tokens
 from extract.stores import TokenDocument, TokenStore
 from extract.tokenizer import study_tokenizer, tokenizer_sha256
@@ -207,7 +209,9 @@ def _progress(mixture: Mixture) -> Generator[TokenDocument, None, None]:
 
 
 def main(settings: ExtractSettings) -> None:
-    make_tokens(settings)
+    note_shards(settings.claims_folder, [settings.tokens_folder], settings.max_restarts_without_progress)
+    with stops_interrupt():
+        make_tokens(settings)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ["WANDB_MODE"] = "disabled"  # of this process and all that it starts; tests of tracking say otherwise
 if not torch.cuda.is_available():
     # Read where Triton's own functions are defined, and other libraries import it: before all of them.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -83,21 +83,33 @@ class Checkpoints:
         self.wait()
         found = self._world.from_main(self._found() if self._world.is_main else None)
         for path in (self.folder / name for name in reversed(found["complete"])):
-            contents = self._world.from_main(_contents(path) if self._world.is_main else None)
-            self.check(path, contents["identity"])
-            damage = self._damage(path, contents["files"])
-            if not damage:
+            saved = self.read(path)
+            if saved is not None:
                 if self._world.is_main:
                     log.info("Resuming from %s", path)
-                return opened(path, contents)
-            if self._world.is_main:
-                log.warning("Ignoring the damaged checkpoint %s: %s", path, damage)
+                return saved
         if found["published"]:
             raise BadInput(
                 f"No checkpoint in {self.folder} is intact (what is wrong with each is said above), so the run cannot "
                 f"be continued. Restore one, or delete {self.folder} to train from the start."
             )
         return None
+
+    def read(self, path: Path) -> SavedState | None:
+        """The state in a complete checkpoint; None where it is damaged, which the log says. BadInput, on all ranks,
+        when it belongs to other settings or data, naming what differs.
+        """
+        contents = self._world.from_main(_contents(path) if self._world.is_main else None)
+        self.check(path, contents["identity"])
+        damage = self._damage(path, contents["files"])
+        if damage and self._world.is_main:
+            log.warning("Ignoring the damaged checkpoint %s: %s", path, damage)
+        return None if damage else opened(path, contents)
+
+    def complete(self) -> dict[int, Path]:
+        """The complete checkpoints that there are now, by the steps done, oldest first; this rank's own look."""
+        found = sorted(self.folder.glob("step-*"), key=_step_of)
+        return {_step_of(path): path for path in found if _problem(path) is None}
 
     def check_newest(self) -> None:
         """BadInput when the newest complete checkpoint, if there is one, belongs to other settings or data."""
@@ -168,6 +180,11 @@ def opened(path: Path, contents: dict[str, Any]) -> SavedState:
     return SavedState(
         {name: covering(name, num_rows[name], parts) for name, parts in extents.items()}, contents["values"]
     )
+
+
+def newest_step(folder: Path) -> int:
+    """Steps done at the newest published checkpoint, of which nothing is read; 0 where there is none."""
+    return max([0, *(_step_of(path) for path in folder.glob("step-*"))])
 
 
 def _step_of(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Settings of `python -m train`: the sections crosscoder, training, data, engine and tracking, and their cross-checks.
+"""Settings of `python -m train`: the sections crosscoder, training, data and engine, and their cross-checks.
 
 A dataclass field is a setting, its comment is its documentation, its default is the only default.
 """
@@ -100,6 +100,9 @@ class TrainingConfig:
     log_every: int = 10
     # Steps between passes over held-out tokens; 0 = only at the end.
     validate_every: int = 1000
+    # Held-out tokens, of data.max_validation_tokens, on which these passes also measure loss recovered, with the whole
+    # language models in the memory of every rank (train/recovered.py); 0 = none, and train.evaluate can do it later.
+    recovered_tokens: int = 0
 
     @property
     def num_steps(self) -> int:
@@ -117,7 +120,7 @@ class TrainingConfig:
         )
         not_negative("training", warmup_steps=self.warmup_steps, decay_fraction=self.decay_fraction)
         not_negative("training", checkpoint_every=self.checkpoint_every, keep_every=self.keep_every)
-        not_negative("training", validate_every=self.validate_every)
+        not_negative("training", validate_every=self.validate_every, recovered_tokens=self.recovered_tokens)
         choice("training.step", self.step, ("readable", "sparse"))
         choice("training.precision", self.precision, ("fp32", "bf16"))
         multiple("training.num_tokens_per_step", self.num_tokens_per_step, self.num_micro_steps, "num_micro_steps")
@@ -152,6 +155,8 @@ class DataConfig:
     # Tokens of a lane that are shuffled together; num_lanes * shuffle_window tokens are in use at a time, and as many
     # are read ahead.
     shuffle_window: int = 8192
+    # Folder on a disk of the node, to which shards are copied when they are first read; null = read where they are.
+    staging: str | None = None
     # Threads that read batches ahead of the step.
     num_threads: int = 4
     # With mode=online: tokens, in evenly spaced shards, that statistics and the norm of outliers come from.
@@ -226,21 +231,11 @@ class EngineConfig:
 
 
 @dataclass
-class TrackingConfig:
-    """Weights & Biases, besides metrics.jsonl."""
+class SweepConfig:
+    """Several runs at once, `python -m train -m`."""
 
-    # online, offline (files for `wandb sync`, no account needed) or disabled.
-    mode: str = "offline"
-    # W&B project.
-    project: str = "crossdiff"
-    # W&B user or team; null = the account's default.
-    entity: str | None = None
-    # W&B group of the run; null = the study.
-    group: str | None = None
-
-    def check(self) -> None:
-        """Checks that concern this section alone."""
-        choice("tracking.mode", self.mode, ("online", "offline", "disabled"))
+    # Whether members on one machine train at the same time, those of the same data from one process that reads them.
+    share_reader: bool = False
 
 
 @dataclass
@@ -251,16 +246,17 @@ class TrainSettings(ExtractSettings):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def check(self) -> None:
         super().check()
-        for section in (self.crosscoder, self.training, self.data, self.engine, self.tracking):
+        for section in (self.crosscoder, self.training, self.data, self.engine):
             section.check()
         if self.seed < 0:
             raise BadInput(f"seed={self.seed} must not be negative.")
         self._check_threshold()
         self._check_dedicated()
+        self._check_recovered()
 
     def _check_threshold(self) -> None:
         start, num_steps = self.crosscoder.threshold_start_step, self.training.num_steps
@@ -269,6 +265,14 @@ class TrainSettings(ExtractSettings):
                 f"crosscoder.threshold_start_step={start} is never reached in a run of {num_steps} steps "
                 f"(training.num_tokens={self.training.num_tokens}), and inference needs a threshold. "
                 f"Lower it, for example to {num_steps // 10}, or train on more tokens."
+            )
+
+    def _check_recovered(self) -> None:
+        wanted = self.training.recovered_tokens
+        if wanted and self.data.heldout_fraction == 0:
+            raise BadInput(
+                f"training.recovered_tokens={wanted} are held-out tokens, and data.heldout_fraction=0 holds out none. "
+                f"Raise the fraction, or set training.recovered_tokens=0."
             )
 
     def _check_dedicated(self) -> None:

@@ -23,6 +23,7 @@ from train.config import TrainSettings
 from train.kept import KeptTokens, keep, scaling
 from train.lanes import Span
 from train.runs import selected_pair
+from train.staging import staged
 
 
 class TrainingData(Protocol):
@@ -114,7 +115,7 @@ class ActivationPairs:
         content = content_of(tokens, cache)
         is_heldout = heldout(content, settings.data.heldout_fraction, tokens.folder)
         mean, scale = scaling(kept.statistics, settings.crosscoder.activation_scaling, models)
-        pairs = cls(models, tokens, stores, kept, content, is_heldout, mean, scale)
+        pairs = cls(models, tokens, staged(stores, settings.data.staging), kept, content, is_heldout, mean, scale)
         check_size(pairs, settings)
         return pairs
 

@@ -17,20 +17,24 @@ import torch
 from torch import Tensor
 
 from extract.errors import BadInput
+from extract.metrics_file import Metrics
 from train.clocks import Clocks, NotFinite
 from train.config import TrainingConfig, TrainSettings
 from train.crosscoder import Crosscoder
 from train.encoder import CHUNK_BYTES, Operands
 from train.forms import Form, ReadableForm, SparseForm, Task
-from train.metrics import Batch, validation_metrics
+from train.metrics import Batch, reconstructions, validation_metrics
 from train.micro_batches import MicroBatches
 from train.pieces import Piece, SavedState, TrainingState
 from train.placement import Placement, Share, Space
+from train.ranks import Group
 from train.runs import hookpoint_of
 from train.single import PRECISIONS, one_process
 from train.step import Outcome, Step, differentiate
 from train.world import World
 
+# Measures by means of a function from raw activations of this rank to their reconstructions, with all ranks.
+Recovered = Callable[[Callable[[Tensor], Tensor], Group], dict[str, float]]
 # What of the crosscoder is neither trained nor a setting.
 SCALING = ("activation_mean", "activation_scale")
 
@@ -103,13 +107,20 @@ class Engine:
             "train/lr": learning_rate,
         }
 
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(self, batches: Iterable[Batch], recovered: Recovered | None = None) -> Metrics:
         """Validation metrics, the same on all ranks; changes nothing. Each batch is (activations, numbers of tokens),
         divided among the ranks of `share.tokens`; all ranks get equally many, maybe empty ones.
+
+        With `recovered`, once there is a threshold, also its measures of the reconstruction by inference.
         """
         self.crosscoder.threshold = self._clocks.threshold
         with self._placement.whole(exact=True) as operands:
-            return validation_metrics(self.crosscoder, batches, operands, self.share)
+            metrics = validation_metrics(self.crosscoder, batches, operands, self.share)
+            if recovered is not None and self.crosscoder.threshold is not None:
+                metrics |= recovered(
+                    lambda x_bMD: reconstructions(self.crosscoder, x_bMD, operands, self.share), self.share.everyone
+                )
+        return metrics
 
     def state(self) -> TrainingState:
         """This rank's part of the training state, to be copied before the next step."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +51,17 @@ GPUS = {
         Gpu("l4", 121, 30.3, 22.0, 300, 32),
     )
 }
+
+
+# Parts of a device's name that make it another GPU than the one that it is named after.
+OTHERS = {"mig", "nvl", "max", "laptop", "mobile"}
+
+
+def gpu_of(device_name: str) -> Gpu | None:
+    """The GPU that a driver calls `device_name`, "NVIDIA A100-SXM4-80GB"; None where it is not known."""
+    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    known = [gpu for gpu in GPUS.values() if set(gpu.name.split("_")) <= words and not words & OTHERS]
+    return max(known, key=lambda gpu: len(gpu.name), default=None)
 
 
 def gpu_named(

@@ -6,14 +6,17 @@ Shapes: B tokens, M models, D width, L latents, S selected codes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import psutil
 import torch
 from torch import Tensor
 
+from extract.metrics_file import Metrics
 from train.batch_topk import Selection
 from train.crosscoder import Crosscoder
 from train.encoder import Operands, encoder_chunks
+from train.histograms import latent_metrics
 from train.placement import Share
 from train.sparse import add_scores, decode, top_scores
 
@@ -54,8 +57,8 @@ class VarianceExplained:
 @torch.no_grad()
 def validation_metrics(
     crosscoder: Crosscoder, batches: Iterable[Batch], operands: Operands | None = None, share: Share | None = None
-) -> dict[str, float]:
-    """Variance explained and L0 over batches, with the codes of `evaluation_codes`.
+) -> Metrics:
+    """Variance explained, L0 and `latent_metrics` over batches, with the codes of `evaluation_codes`.
 
     Ranks of share.tokens have different tokens of each batch, maybe none; those of share.latents have the same tokens.
     All see equally many batches and get the same metrics. Without `operands` and `share` there is one rank.
@@ -63,21 +66,25 @@ def validation_metrics(
     operands, share = operands or Operands.of(crosscoder), share or Share(crosscoder.num_latents)
     device = operands.b_dec.device
     explained = VarianceExplained(crosscoder.num_models, crosscoder.d_model, device)
-    num_codes_1 = torch.zeros(1, dtype=torch.float64, device=device)
+    fired_L = torch.zeros(share.num_latents, dtype=torch.float64, device=device)
     for raw_BMD, token_B in batches:
         x_BMD = crosscoder.scale(raw_BMD.to(device))
         token_B = None if token_B is None else token_B.to(device)
         selection, code_S = evaluation_codes(crosscoder, x_BMD.flatten(1), operands, share, token_B)
-        num_codes_1 += len(code_S)
+        fired_L.index_add_(0, selection.latent + share.first_latent, torch.ones_like(code_S, dtype=fired_L.dtype))
         if len(x_BMD):
             recons_BW = decode(selection, code_S, len(x_BMD), operands, with_bias=share.latents.rank == 0)
             explained.add(x_BMD, share.latents.sum(recons_BW, "reconstructions of validation").view_as(x_BMD))
     share.tokens.sum(explained.sums, "sums of validation")
-    share.everyone.sum(num_codes_1, "codes of validation")
-    if explained.sums[0] == 0:
+    share.everyone.sum(fired_L, "codes of validation")
+    num_tokens = explained.sums[0].item()
+    if num_tokens == 0:
         return {}
-    l0 = num_codes_1.item() / explained.sums[0].item()
-    return {"val/l0": l0, **explained.named("val/variance_explained", crosscoder.models)}
+    return {
+        "val/l0": fired_L.sum().item() / num_tokens,
+        **explained.named("val/variance_explained", crosscoder.models),
+        **latent_metrics(crosscoder, fired_L, num_tokens, operands, share),
+    }
 
 
 @torch.no_grad()
@@ -104,6 +111,27 @@ def evaluation_codes(
     return Selection(token_S[is_code_S], latent_S[is_code_S]), code_S[is_code_S]
 
 
+@torch.no_grad()
+def reconstructions(crosscoder: Crosscoder, raw_bMD: Tensor, operands: Operands, share: Share | None = None) -> Tensor:
+    """Raw reconstructions (b, M, D) of this rank's raw activations, with the codes above the threshold, which there is.
+
+    The ranks of share.latents, each with as many tokens as it may have, exchange tokens and partial reconstructions.
+    """
+    share = share or Share(crosscoder.num_latents)
+    latents, num_own = share.latents, len(raw_bMD)
+    x_BMD = crosscoder.scale(raw_bMD.to(operands.b_dec.device))
+    if latents.size > 1:
+        most = -int(latents.min(torch.tensor(-num_own, device=x_BMD.device), "the most tokens of a rank"))
+        padding = x_BMD.new_zeros(most - num_own, *x_BMD.shape[1:])
+        x_BMD = latents.gather(torch.cat([x_BMD, padding]), "tokens to reconstruct")
+    if not len(x_BMD):
+        return x_BMD
+    assert crosscoder.threshold is not None
+    selection, code_S = _codes_above(crosscoder.threshold, x_BMD.flatten(1), operands)
+    recons_BW = decode(selection, code_S, len(x_BMD), operands, with_bias=latents.rank == 0)
+    return crosscoder.unscale(latents.sum_parts(recons_BW, "reconstructions")[:num_own].view(-1, *x_BMD.shape[1:]))
+
+
 def _codes_above(threshold: float, x_BW: Tensor, operands: Operands) -> tuple[Selection, Tensor]:
     parts = []
     for first, pre_BC in encoder_chunks(x_BW, operands):
@@ -116,17 +144,32 @@ def _codes_above(threshold: float, x_BW: Tensor, operands: Operands) -> tuple[Se
 
 
 class Throughput:
-    """Tokens a second and the share of time spent waiting for data, since the last reading."""
+    """Tokens a second, the share of time spent waiting for data, since the last reading, and what `roofline`, if there
+    is one, says to that.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, roofline: Callable[[float, int], float] | None = None) -> None:
+        self._roofline = roofline
         self._start, self._tokens, self._waited = time.perf_counter(), 0, 0.0
 
     def count(self, tokens: int, waited: float) -> None:
         self._tokens += tokens
         self._waited += waited
 
-    def read(self) -> dict[str, float]:
+    def read(self, num_dead: int) -> dict[str, float]:
+        """The values, of steps with `num_dead` dead latents."""
         seconds = time.perf_counter() - self._start
-        values = {"speed/tokens_per_second": self._tokens / seconds, "speed/data_wait": self._waited / seconds}
+        speed = self._tokens / seconds
+        values = {"speed/tokens_per_second": speed, "speed/data_wait": self._waited / seconds}
+        if self._roofline is not None:
+            values["speed/roofline"] = self._roofline(speed, num_dead)
         self._start, self._tokens, self._waited = time.perf_counter(), 0, 0.0
         return values
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """What this process takes of the host's memory, and the most that its tensors took of a GPU's, in 10^9 bytes."""
+    values = {"memory/host_gb": psutil.Process().memory_info().rss / 1e9}
+    if device.type == "cuda":
+        values["memory/gpu_peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return values

@@ -21,9 +21,11 @@ WITHOUT_EFFECT = {
     "training.num_micro_steps",
     "training.log_every",
     "training.validate_every",
+    "training.recovered_tokens",
     "data.max_validation_tokens",
     "data.memory_gb",
     "data.num_threads",
+    "data.staging",
 }
 ONLINE_ONLY = {"data.calibration_tokens"}
 SECTIONS = ("hookpoint", "seed", "kept", "crosscoder", "training", "data")

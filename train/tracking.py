@@ -1,117 +1,61 @@
-"""Where metrics go: `metrics.jsonl`, always, and Weights & Biases, whose failures never end a run."""
+"""Where the metrics of a training run go: `metrics.jsonl`, always, and Weights & Biases, which mirrors it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from extract.publish import publish
-from train.config import TrackingConfig
-
-log = logging.getLogger(__name__)
-
-
-class MetricsFile:
-    """One JSON object a line, each with the number of steps done when it was written; non-finite values become null."""
-
-    def __init__(self, path: Path, steps_done: int):
-        """Open `path` for a run that continues after `steps_done` steps: lines of later steps are removed."""
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        publish(
-            path, "".join(line for line in lines if _is_whole(line) and json.loads(line)["step"] <= steps_done).encode()
-        )
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        finite = {name: value if abs(value) < float("inf") else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        """Bring all lines to disk: a checkpoint vouches for those before it."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
+from extract.metrics_file import MetricsFile, Values
+from extract.mirror import FAILED, STOPPED, Mirror
+from train.config import TrainSettings
+from train.metric_table import best_values, units
 
 
 class Tracker:
-    """Both, of one run in its folder, which continues after `steps_done` steps."""
+    """Both, of one run in its folder, which continues after `steps_done` steps. `manifests` are hashes of the data by
+    what they are of.
+    """
 
-    def __init__(self, config: TrackingConfig, folder: Path, steps_done: int, study: str, settings: dict[str, Any]):
-        self._file = MetricsFile(folder / "metrics.jsonl", steps_done)
-        self._wandb = WandbRun(config, folder, folder.name, study, settings)
+    def __init__(self, settings: TrainSettings, folder: Path, steps_done: int, manifests: dict[str, str]):
+        path = folder / "metrics.jsonl"
+        self._name, self._status = f"{settings.study}-{folder.name}", FAILED
+        self._file = MetricsFile(path, steps_done)
+        facts = asdict(settings) | {"manifests": manifests, "units": units("train", "val", "speed", "memory")}
+        self._mirror = Mirror(
+            settings.tracking, folder, folder.name, "train", settings.study, facts, path, best_values()
+        )
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Values) -> None:
         self._file.log(step, metrics)
-        self._wandb.log(step, metrics)
 
     def sync(self) -> None:
         self._file.sync()
 
+    def ended(self, crosscoder_folder: Path | None) -> None:
+        """Say that the run ends as it should: finished, with its crosscoder, or (None) to be continued."""
+        self._status = STOPPED if crosscoder_folder is None else 0
+        if crosscoder_folder is not None:
+            files = {path.name: path for path in sorted(crosscoder_folder.iterdir())}
+            self._mirror.artifact(f"crosscoder-{self._name}", "crosscoder", files)
+
     def close(self) -> None:
         self._file.close()
-        self._wandb.finish()
+        self._mirror.end(self._status)
 
 
 class Nowhere:
     """Where all ranks but one track."""
 
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+    def log(self, step: int, metrics: Values) -> None: ...
 
     def sync(self) -> None: ...
+
+    def ended(self, crosscoder_folder: Path | None) -> None: ...
 
     def close(self) -> None: ...
 
 
-def _is_whole(line: str) -> bool:
-    """A line cut short by a crash has no end."""
-    return line.endswith("\n")
-
-
-class WandbRun:
-    """A W&B run beside `metrics.jsonl`. The first failure is logged and ends the tracking, not the training."""
-
-    def __init__(self, config: TrackingConfig, folder: Path, name: str, study: str, settings: dict[str, Any]):
-        self._run: Any = None
-        if config.mode != "disabled":
-            self._guard(lambda: self._start(config, folder, name, study, settings))
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        if self._run is not None:
-            self._guard(lambda: self._run.log({"step": step, **metrics}))
-
-    def finish(self) -> None:
-        if self._run is not None:
-            self._guard(self._run.finish)
-
-    def _start(self, config: TrackingConfig, folder: Path, name: str, study: str, settings: dict[str, Any]) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
-
-        self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            group=config.group or study,
-            name=name,
-            id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
-            resume="allow",
-            mode=config.mode,  # type: ignore[arg-type]  # checked to be one of wandb's
-            dir=folder,
-            config=settings,
-        )
-        # A resumed offline run counts its own steps from 0 again, so ours is the axis.
-        self._run.define_metric("*", step_metric="step")
-
-    def _guard(self, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except Exception:  # whatever W&B raises must not end a run of days
-            log.warning("W&B failed; the run goes on with metrics.jsonl alone", exc_info=True)
-            self._run = None
+def manifests_of(models: Sequence[str], content_sha256: Sequence[str]) -> dict[str, str]:
+    """The hashes of `TrainingData.content_sha256` by what they are of: tokens, then each model's activations."""
+    return dict(zip(["tokens", *models], content_sha256, strict=True))

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from extract.errors import BadInput
+from extract.metrics_file import Metrics
 from extract.publish import publish
 from train import divergence
 from train.checkpoint import Checkpoints
@@ -24,14 +25,17 @@ from train.config import TrainSettings
 from train.crosscoder import Crosscoder
 from train.data import ActivationPairs, TrainingData, heldout_batches
 from train.division import check_ranks
-from train.engine import Engine
+from train.engine import Engine, Recovered
 from train.loader import Loader
-from train.metrics import Throughput
+from train.metrics import Throughput, memory_metrics
 from train.mixing import mixing
+from train.restarts import note_run_start
+from train.ring import reader_watched, source_of
+from train.roofline import Roofline
 from train.runs import result_settings
 from train.stops import EXIT_STOPPED, StopRequest, Turns
 from train.stream import BatchStream
-from train.tracking import Nowhere, Tracker
+from train.tracking import Nowhere, Tracker, manifests_of
 from train.world import World
 
 log = logging.getLogger(__name__)
@@ -53,6 +57,8 @@ class Run:
     checkpoints: Checkpoints
     tracker: Tracker | Nowhere
     saved_step: int | None = None
+    recovered: Recovered | None = None
+    roofline: Callable[[float, int], float] | None = None
 
 
 def train(settings: TrainSettings, folder: Path) -> Path:
@@ -68,15 +74,17 @@ def train(settings: TrainSettings, folder: Path) -> Path:
     """
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated")  # new names since torch 2.13
-    with World.open(settings.engine, settings.training.device) as world:
+    with reader_watched(), World.open(settings.engine, settings.training.device) as world:
         check_ranks(settings, world.everyone.size)
+        if world.is_main:
+            note_run_start(settings, folder)
         return _train(settings, folder, world)
 
 
 def _train(settings: TrainSettings, folder: Path, world: World) -> Path:
     crosscoder_folder = folder / "crosscoder"
-    with closing(_open_data(settings, world)) as data:
-        checkpoints = _checkpoints(settings, folder, data, world)
+    with closing(open_data(settings, world)) as data:
+        checkpoints = checkpoints_of(settings, folder, data, world)
         if world.from_main(_is_finished(crosscoder_folder, checkpoints) if world.is_main else None):
             log.info("%s is finished", folder)
             return crosscoder_folder
@@ -86,6 +94,7 @@ def _train(settings: TrainSettings, folder: Path, world: World) -> Path:
             if finished:
                 with world.doing("writing the crosscoder"):
                     run.engine.save_crosscoder(crosscoder_folder, checkpoints.identity)
+            run.tracker.ended(crosscoder_folder if finished else None)
         world.from_main(None)  # however long rank 0 writes and uploads
         if not finished:
             log.info("Stopped after step %d; the same command continues", run.engine.steps_done)
@@ -93,7 +102,7 @@ def _train(settings: TrainSettings, folder: Path, world: World) -> Path:
     return crosscoder_folder
 
 
-def _open_data(settings: TrainSettings, world: World) -> TrainingData:
+def open_data(settings: TrainSettings, world: World) -> TrainingData:
     """The data, on rank 0 first: what it leaves in files to be found is made once."""
     with world.main_first():
         if settings.data.mode == "stored":
@@ -132,7 +141,7 @@ def _is_finished(crosscoder_folder: Path, checkpoints: Checkpoints) -> bool:
 
 def fit(run: Run) -> bool:
     """Train until the last step, or until a signal asks to stop: whether the run is finished."""
-    training, engine, throughput = run.settings.training, run.engine, Throughput()
+    training, engine, throughput = run.settings.training, run.engine, Throughput(run.roofline)
     num_tokens, num_steps, start = training.num_tokens_per_step, training.num_steps, run.engine.steps_done
     with (
         StopRequest() as request,
@@ -144,15 +153,16 @@ def fit(run: Run) -> bool:
         for x_BMD, token_B, waited in turns:
             done, last = engine.steps_done + 1, engine.steps_done + 1 == num_steps
             logged = due(done, training.log_every) or due(done, training.validate_every) or last
-            metrics = engine.step(x_BMD, logged, token_B)
+            measured = engine.step(x_BMD, logged, token_B)
             throughput.count(num_tokens, waited)
             progress.update(num_tokens)
-            if due(done, training.validate_every) or last:
-                metrics |= _validate(run, metrics, last)
             if logged:
-                metrics |= throughput.read()
+                metrics: Metrics = {**measured}
+                if due(done, training.validate_every) or last:
+                    metrics |= _validate(run, metrics, last)
+                metrics |= throughput.read(int(measured["train/dead"])) | memory_metrics(run.world.device)
                 run.tracker.log(done, metrics)
-                progress.set_postfix(loss=f"{metrics['train/loss']:.4g}")
+                progress.set_postfix(loss=f"{measured['train/loss']:.4g}")
             if last or due(done, training.checkpoint_every):
                 _save(run)
         finished = engine.steps_done >= num_steps
@@ -184,12 +194,12 @@ def _save(run: Run) -> None:
     run.saved_step = run.engine.steps_done
 
 
-def _validate(run: Run, metrics: dict[str, float], last: bool) -> dict[str, float]:
+def _validate(run: Run, metrics: Metrics, last: bool) -> Metrics:
     """Measures on held-out tokens. An error of one process costs none of the steps done, unless this is the last: with
     that one saved, the run would pass for finished. Among several ranks, no others can save with the one that failed.
     """
     try:
-        return run.engine.evaluate(run.validation())
+        return run.engine.evaluate(run.validation(), run.recovered)
     except Exception:
         if not last and run.world.everyone.size == 1:
             run.tracker.log(run.engine.steps_done, metrics)
@@ -202,7 +212,8 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _checkpoints(settings: TrainSettings, folder: Path, data: TrainingData, world: World) -> Checkpoints:
+def checkpoints_of(settings: TrainSettings, folder: Path, data: TrainingData, world: World) -> Checkpoints:
+    """The checkpoints of the run in `folder`, with all that decides its result for their identity."""
     identity = {**result_settings(settings), "models": data.models, "data": data.content_sha256}
     keep, keep_every = settings.training.keep_checkpoints, settings.training.keep_every
     return Checkpoints(folder / "checkpoints", keep, identity, world, keep_every)
@@ -210,6 +221,7 @@ def _checkpoints(settings: TrainSettings, folder: Path, data: TrainingData, worl
 
 def _open_run(settings: TrainSettings, folder: Path, data: TrainingData, checkpoints: Checkpoints, world: World) -> Run:
     training, config, everyone = settings.training, settings.data, world.everyone
+    recovered = _recovered(settings, data, world)
     engine = Engine(settings, data.models, data.d_model, data.activation_mean, data.activation_scale, world)
     stream = BatchStream(data, settings.seed, training.num_tokens_per_step, config, everyone.rank, everyone.size)
     state = checkpoints.load()
@@ -220,27 +232,50 @@ def _open_run(settings: TrainSettings, folder: Path, data: TrainingData, checkpo
             log.warning("Of the earlier run in %s no checkpoint is left: training starts anew", folder)
         log.info("%s", mixing(stream))
         engine.initialise(stream.batch(0), torch.from_numpy(stream.numbers(0)))
-    readers = engine.share.tokens
+    readers, roofline = engine.share.tokens, Roofline.of(settings, data, world)
     return Run(
         settings,
         world,
         folder,
         engine,
         stream,
-        lambda start, stop, is_stopping: Loader(stream, start, stop, world.device, config.num_threads, is_stopping),
+        lambda start, stop, is_stopping: Loader(
+            stream,
+            start,
+            stop,
+            world.device,
+            config.num_threads,
+            is_stopping,
+            source_of(stream, start, stop, config.num_threads, is_stopping),
+        ),
         lambda: heldout_batches(
             data, training.num_tokens_per_step, config.max_validation_tokens, readers.rank, readers.size
         ),
         checkpoints,
-        _tracker(settings, folder, engine.steps_done) if world.is_main else Nowhere(),
+        _tracker(settings, folder, engine.steps_done, data) if world.is_main else Nowhere(),
         None if state is None else engine.steps_done,
+        recovered,
+        None if roofline is None else roofline.share,
     )
 
 
-def _tracker(settings: TrainSettings, folder: Path, steps_done: int) -> Tracker:
+def _recovered(settings: TrainSettings, data: TrainingData, world: World) -> Recovered | None:
+    """What measures loss recovered, with its language models in memory from now on; None unless that is asked for."""
+    if not settings.training.recovered_tokens:
+        return None
+    from train.recovered import LossRecovered  # imports what runs language models: seconds
+
+    with world.main_first():
+        loss_recovered = LossRecovered(settings, data, settings.training.recovered_tokens)
+    with world.doing("loading the language models of training.recovered_tokens"):
+        loss_recovered.load()
+    return loss_recovered.measure
+
+
+def _tracker(settings: TrainSettings, folder: Path, steps_done: int, data: TrainingData) -> Tracker:
     """Where rank 0 writes, beginning with what was composed."""
     publish(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(settings)).encode())
-    return Tracker(settings.tracking, folder, steps_done, settings.study, asdict(settings))
+    return Tracker(settings, folder, steps_done, manifests_of(data.models, data.content_sha256))
 
 
 @contextmanager

@@ -191,7 +191,7 @@ def device_of(name: str, place: Place) -> torch.device:
     num_gpus = torch.cuda.device_count()
     if num_gpus == 0:
         return choose_device(name, "training.device")
-    own = num_gpus == 1 and place.local_size <= 1  # each rank was shown its own
+    own = num_gpus == 1 and (place.local_size <= 1 or place.own_gpu)
     if not own and place.local_rank >= num_gpus:
         raise BadInput(
             f"Rank {place.rank} is number {place.local_rank} on its host, which has {num_gpus} GPUs: a rank needs one "

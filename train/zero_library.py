@@ -44,7 +44,7 @@ class PartAdam(torch.optim.Optimizer):
 def deepspeed_on(device: torch.device) -> ModuleType:
     """DeepSpeed for training on `device`; BadInput where it is not installed."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     try:
         import deepspeed
     except ImportError as error:

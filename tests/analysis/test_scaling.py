@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from analysis.config import OwnerConfig
-from analysis.scaling import Codes, ScalingSums, decoder_gram, delta_norm, delta_norm_tags, holders, nu, owners
+from analysis.scaling import Codes, ScalingSums, decoder_gram, delta_norm_tags, holders, nu, owners
+from train.histograms import delta_norm
 
 D = 6
 

@@ -116,7 +116,7 @@ def test_a_worker_whose_settings_were_replaced_stops_and_publishes_nothing(begin
     with pytest.raises(BadInput, match="codec: 'fp8' there, 'bf16' now"):
         write(first, 0)  # it had begun to compute before
     with Claims(first.settings.claims_folder, 60) as claims, pytest.raises(BadInput, match="codec: 'fp8' there"):
-        first.compute(claims, lambda: pytest.fail("loaded a model"))
+        first.compute(claims, lambda: pytest.fail("loaded a model"), lambda: None)
     assert [path.name for path in folder.iterdir()] == ["settings.json"]
     write(second, 0)
     assert len(list(folder.iterdir())) == 3
@@ -132,7 +132,7 @@ def test_shards_of_other_settings_are_never_taken_over_or_made_again(begin: Begi
     second = begin(["activations.codec=fp8"])
     message = r"shard-00001.tar was made with other settings than .*settings.json states.*repair=true make them again"
     with Claims(second.settings.claims_folder, 60) as claims, pytest.raises(BadInput, match=message):
-        second.compute(claims, lambda: pytest.fail("loaded a model"))
+        second.compute(claims, lambda: pytest.fail("loaded a model"), lambda: None)
     with pytest.raises(BadInput, match=message):
         finish_activations(folder, second.tokens, json.loads((folder / "settings.json").read_bytes()))
     assert {path.name: path.read_bytes() for path in folder.glob("shard-*")} == before

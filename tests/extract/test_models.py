@@ -19,7 +19,7 @@ from extract.config import CODECS as CODEC_NAMES
 from extract.config import ExtractSettings, ModelConfig
 from extract.errors import BadInput
 from extract.manifest import Manifest
-from extract.models import _blocks, check_model, load_blocks, load_tokenizer
+from extract.models import blocks_of, check_model, load_blocks, load_tokenizer
 from extract.stores import ActivationStore, TokenStore
 from extract.weights import identity, weights_of
 from tests import tiny
@@ -267,9 +267,9 @@ def test_a_list_within_blocks_is_not_taken_for_them():
     experts = [nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(n))}) for n in (3, 3, 8)]
     blocks = nn.ModuleList(experts)
     model = nn.ModuleDict({"norms": nn.ModuleList(nn.LayerNorm(4) for _ in range(3)), "layers": blocks})
-    assert _blocks(model, 3) is blocks
+    assert blocks_of(model, 3) is blocks
     with pytest.raises(BadInput, match="keeps its 5 blocks in no ModuleList"):
-        _blocks(model, 5)
+        blocks_of(model, 5)
 
 
 def test_hashes_are_kept_while_size_and_time_of_a_file_stay(tiny_models: dict[str, Path], tmp_path: Path):

@@ -16,8 +16,8 @@ from extract.command import compose
 from extract.config import ExtractSettings
 from extract.errors import BadInput
 from extract.status import RATE_WINDOW_S, tokens_per_second, view
+from tests.disks import small_disk
 from tests.extract.test_activations import run
-from tests.extract.test_workers import small_disk
 
 
 def test_the_view_counts_what_is_done_claimed_and_missing(study: list[str], capsys: pytest.CaptureFixture[str]):

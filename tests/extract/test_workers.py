@@ -8,9 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from extract.manifest import Manifest
 from extract.models import load_blocks
 from extract.tokens import make_tokens
 from extract.verify import problems
+from tests.disks import small_disk
 
 # Workers are forked from a server that has imported everything once: real processes that start in milliseconds.
 WORKERS = multiprocessing.get_context("forkserver")
@@ -157,19 +157,6 @@ def test_workers_share_the_shards(many_shards: list[str], tmp_path: Path):
     ]
     assert sum(computed) == 2 * tokens.num_tokens
     assert not list(problems(settings))
-
-
-@contextmanager
-def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
-    """A file system of its own in memory; skips where mounting is not permitted."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def run_command(overrides: list[str]) -> subprocess.CompletedProcess[str]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from extract.config import ModelConfig
+from extract.mirror import TrackingConfig
 from extract.shards import write_activations, write_tokens
 from extract.stores import TokenDocument
-from train.config import CrosscoderConfig, DataConfig, TrackingConfig, TrainingConfig, TrainSettings
+from train.config import CrosscoderConfig, DataConfig, TrainingConfig, TrainSettings
 
 HOOKPOINT = "block3"
 

@@ -144,7 +144,7 @@ def test_a_stream_of_nothing_but_outliers_is_refused(study, online):
 def lines_of(run: Path) -> list[dict]:
     """What was logged, without speeds and what held-out tokens give."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("speed/", "val/"))} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("speed/", "memory/", "val/"))} for line in lines]
 
 
 def test_a_run_resumed_in_the_middle_equals_an_uninterrupted_one(study, tmp_path):

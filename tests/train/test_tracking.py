@@ -1,60 +1,98 @@
-"""metrics.jsonl and W&B."""
+"""A training run on W&B: stopped, continued and read back; with a server that dies on the way."""
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-import time
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
-from train.config import TrackingConfig
-from train.tracking import MetricsFile, WandbRun
+import pytest
+from planted import random_store, settings_of, train_arguments
 
+from tests.wandb_files import isolate, offline_parts
+from tests.wandb_stub import StubServer
+from train.metric_table import EVERY, METRICS, VALIDATION
+from train.stops import EXIT_STOPPED
+from train.tracking import Tracker, manifests_of
+from train.trainer import train
 
-def test_lines_are_kept_up_to_the_step_that_is_resumed(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path, 0)
-    for step in (1, 2, 3):
-        file.log(step, {"loss": step / 2, "bad": math.nan})
-    file.close()
-    file = MetricsFile(path, 2)
-    file.log(3, {"loss": 9.0})
-    file.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1, "loss": 0.5, "bad": None},
-        {"step": 2, "loss": 1.0, "bad": None},
-        {"step": 3, "loss": 9.0},
-    ]
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_run_without_checkpoint_starts_with_an_empty_file(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    MetricsFile(path, 0).close()
-    assert path.read_text() == ""
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user whom W&B does not know."""
+    isolate(monkeypatch, tmp_path)
 
 
-def test_offline_tracking_writes_beside_the_run(tmp_path):
-    run = WandbRun(TrackingConfig(mode="offline"), tmp_path, "name", "study", {"crosscoder": {"k": 3}})
-    run.log(1, {"train/loss": 0.5})
-    run.finish()
-    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 30
-    while b"train/loss" not in file.read_bytes():  # W&B's own process writes it, maybe after `finish` returned
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def test_manifests_are_named():
+    assert manifests_of(["base", "tuned"], ["1", "2", "3"]) == {"tokens": "1", "base": "2", "tuned": "3"}
 
 
-def test_a_failure_of_tracking_is_logged_and_ends_only_the_tracking(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        run = WandbRun(TrackingConfig(mode="offline", project="no/such:project"), tmp_path, "name", "study", {})
-    assert "the run goes on with metrics.jsonl alone" in caplog.text
-    run.log(1, {"train/loss": 0.5})
-    run.finish()
+def promised(when: str, row: dict) -> bool:
+    """Whether a row has every metric of the table that training promises without conditions, and in W&B's names."""
+    names = {name.removesuffix(".values") for name in row}
+    wanted = [m for m in METRICS if m.section in ("train", "val", "speed", "memory") and not m.conditional]
+    return all(any(metric.matches(name) for name in names) for metric in wanted if metric.when == when)
 
 
-def test_disabled_tracking_writes_nothing(tmp_path):
-    run = WandbRun(TrackingConfig(mode="disabled"), tmp_path, "name", "study", {})
-    run.log(1, {"train/loss": 0.5})
-    run.finish()
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.slow
+def test_a_run_that_was_stopped_is_one_run_with_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    random_store(tmp_path / "store")
+    settings = settings_of(tmp_path)
+    settings.tracking.mode, settings.tracking.end_timeout_s = "offline", 300.0
+    settings.tracking.start_timeout_s = 300.0
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    log = Tracker.log
+
+    def stopping(tracker: Tracker, step: int, metrics: dict) -> None:
+        log(tracker, step, metrics)
+        if step == 10:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        patched.setattr(Tracker, "log", stopping)
+        patched.setattr("extract.mirror.HURRY_S", 300.0)
+        train(settings, tmp_path / "run")
+    assert stopped.value.code == EXIT_STOPPED
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    train(settings, tmp_path / "run")
+    parts = offline_parts(tmp_path / "run")
+    assert len({part.run_id for part in parts}) == 1 and len(parts) == 2
+    rows = [row for part in parts for row in part.history]
+    assert [row["step"] for row in rows] == [row["_step"] for row in rows] == [*range(1, 25)]
+    assert all(promised(EVERY, row) for row in rows)
+    assert [row["step"] for row in rows if promised(VALIDATION, row)] == [7, 14, 21, 24]
+    assert [part.exit_code for part in parts] == [EXIT_STOPPED, 0] and parts[0].preempting
+    config = parts[1].config
+    assert config["crosscoder"]["k"] == 3 and config["slurm"] == {"job_id": "12", "restart_count": "1"}
+    assert config["manifests"].keys() == {"tokens", "base", "tuned"} and config["units"]["train/lr"] == "1"
+    (artifact,) = parts[1].artifacts
+    assert artifact["name"] == "crosscoder-planted-run" and artifact["type"] == "crosscoder"
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_mid_run_ends_no_run(tmp_path: Path):
+    """The server dies when it has the first steps; what follows is in metrics.jsonl, and the crosscoder is there."""
+    random_store(tmp_path / "store")
+    arguments = [a for a in train_arguments(tmp_path, 32 * 6000) if not a.startswith("tracking.")]
+    with StubServer() as server:
+        arguments += ["tracking.end_timeout_s=2", "tracking.start_timeout_s=200", "training.log_every=10"]
+        environment = {**os.environ, **server.environment}
+        threading.Thread(target=_killer, args=(server,), daemon=True).start()
+        command = [sys.executable, *arguments, "training.checkpoint_every=0"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=1200)
+        assert server.is_dead
+    assert done.returncode == 0, done.stderr
+    assert "Not all was uploaded within 2 s" in done.stderr and "wandb sync" in done.stderr
+    (run,) = tmp_path.glob("runs/*")
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 600
+    assert (run / "crosscoder" / "config.json").exists()
+
+
+def _killer(server: StubServer) -> None:
+    server.wait(lambda: any(run.lines for run in server.runs.values()), 1200)
+    server.kill()

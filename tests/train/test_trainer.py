@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def lines_of(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("speed/", "memory/"))} for line in lines]
 
 
 def assert_same_run(first, second):
@@ -212,10 +212,10 @@ def test_an_error_before_the_first_step_saves_nothing(finished, monkeypatch):
 def test_an_error_of_a_validation_costs_no_step_but_is_not_passed_over_in_the_end(finished, monkeypatch, at, expected):
     run, evaluate = finished / "runs" / f"validation{at}", Engine.evaluate
 
-    def failing(engine, batches):
+    def failing(engine, batches, recovered):
         if engine.steps_done == at:
             raise OSError("the disk is gone")
-        return evaluate(engine, batches)
+        return evaluate(engine, batches, recovered)
 
     with monkeypatch.context() as patched:
         patched.setattr(Engine, "evaluate", failing)
@@ -362,9 +362,9 @@ def test_a_sweep_leaves_its_runs_and_its_settings_and_nothing_empty(tmp_path):
     random_store(tmp_path / "store")
     short = ["training.num_tokens=320", "training.validate_every=0", "training.checkpoint_every=0"]
     process = start(tmp_path, "crosscoder.k=3,4", "seed=0,1", *short, "-m")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["multirun.yaml", "runs", "store"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["multirun.yaml", "runs", "store", "sweeps"]
     assert len(list((tmp_path / "runs").glob("*/crosscoder/config.json"))) == 4
     assert not [path for path in tmp_path.rglob("*") if path.is_dir() and not any(path.iterdir())]
 

@@ -1,0 +1,134 @@
+"""python -m analysis.sweep experiment=STUDY[/PAIR]: the runs of a sweep side by side, in one table and one figure.
+
+Unfinished and failed runs are rows that say so. Latents of one model are counted by `python -m analysis` where it was
+run, and besides from decoder norms alone. Writes report/tables/sweep.{csv,tex,txt} and report/figures/sweep.{pdf,png}.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+from extract.interrupts import one_line_interrupts
+
+with one_line_interrupts():
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from analysis import figures, tables
+    from analysis.config import AnalysisSettings
+    from analysis.sweep_rows import Row, block_order, rows_of
+    from extract.command import run
+    from extract.publish import publish
+
+LAYER, K = "hookpoint", "crosscoder.k"
+COLOURS = [figures.BASE_COLOUR, *figures.TUNED_COLOURS]
+
+
+def main(settings: AnalysisSettings) -> None:
+    """Writes the table and the figure, and prints the table."""
+    rows, folder = rows_of(settings), Path(settings.outputs) / "report"
+    table = table_of(rows)
+    tables.write_table(table, folder / "tables")
+    publish(folder / "tables" / "sweep.txt", (tables.text_of(table) + "\n").encode())
+    figures.save(figure_of(rows), folder / "figures", "sweep")
+    print(tables.text_of(table))
+    print(f"{sum(row.is_finished for row in rows)} of {len(rows)} runs are finished")
+    print(f"table: {folder / 'tables' / 'sweep.csv'}\nfigure: {folder / 'figures' / 'sweep.pdf'}")
+
+
+def varied(rows: list[Row]) -> list[str]:
+    """The settings that are not the same in all runs, and layer and k in any case."""
+    names = {name for row in rows for name in row.settings} - {LAYER, K}
+    different = [name for name in names if len({str(row.settings.get(name)) for row in rows}) > 1]
+    return [LAYER, K, *sorted(different)]
+
+
+def table_of(rows: list[Row]) -> tables.Table:
+    """One row a run."""
+    settings = varied(rows)
+    models = list(dict.fromkeys(model for row in rows for model in row.variance_explained))
+    columns = ["run", "state", *settings, "l0", "variance_explained"]
+    columns += [f"{name}_{model}" for model in models for name in ("variance_explained", "own", "own_by_norms")]
+    heading = ["pair", *(name.rpartition(".")[2] for name in settings), "L0", "variance explained"]
+    heading += [f"{model}: {name}" for model in models for name in ("explained", "own", "own by norms")]
+    return tables.Table(
+        "sweep",
+        "Runs of a sweep: L0 and variance explained of held-out tokens; latents of one model alone as analysed, and by "
+        "decoder norms alone (candidates, dead ones among them).",
+        columns,
+        [_raw(row, settings, models) for row in rows],
+        [*heading, "state"],
+        [_printed(row, settings, models) for row in rows],
+    )
+
+
+def _raw(row: Row, settings: list[str], models: list[str]) -> list[tables.Value]:
+    values = [str(row.settings.get(name)) for name in settings]
+    each = [(row.variance_explained.get(m), row.own.get(m), row.own_by_norms.get(m)) for m in models]
+    return [
+        row.name,
+        row.state,
+        *values,
+        *map(_known, (row.l0, row.mean_explained)),
+        *(v for triple in each for v in triple),
+    ]
+
+
+def _printed(row: Row, settings: list[str], models: list[str]) -> list[str]:
+    values = [str(row.settings.get(name)) for name in settings]
+    cells = [row.pair, *values, tables.number(row.l0, 1), tables.number(row.mean_explained, 3)]
+    for model in models:
+        cells.append(tables.number(row.variance_explained.get(model, math.nan), 3))
+        cells += [str(found.get(model, "–")) for found in (row.own, row.own_by_norms)]
+    return [*cells, row.state]
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def figure_of(rows: list[Row]) -> Figure:
+    """Variance explained against L0 and, where it varies, against the layer; latents of one model against L0. A line
+    joins the finished runs that differ in k alone, or in the layer alone.
+    """
+    finished = [row for row in rows if row.is_finished]
+    layers = sorted({row.settings[LAYER] for row in finished}, key=block_order)
+    with matplotlib.rc_context(figures.STYLE):
+        figure = Figure(figsize=(figures.WIDTH, 2.6), layout="constrained")
+        panels = list(figure.subplots(1, 3 if len(layers) > 1 else 2))
+        _lines(panels[0], finished, K, lambda row: row.l0, lambda row: row.mean_explained)
+        panels[0].set(title="Variance explained (held-out)", xlabel="L0")
+        _lines(panels[-1], finished, K, lambda row: row.l0, lambda row: row.num_own)
+        analysed = sum(bool(row.own) for row in finished)
+        panels[-1].set(title="Latents of one model", xlabel=f"L0   (filled: analysed, {analysed} of {len(finished)})")
+        if len(layers) > 1:
+            place = {layer: number for number, layer in enumerate(layers)}
+            _lines(panels[1], finished, LAYER, lambda row: place[row.settings[LAYER]], lambda row: row.mean_explained)
+            panels[1].set(title="Variance explained (held-out)", xlabel="layer")
+            panels[1].set_xticks(range(len(layers)), layers)
+        return figure
+
+
+def _lines(axes: Axes, rows: list[Row], along: str, x: Callable[[Row], float], y: Callable[[Row], float]) -> None:
+    """A line for each group of runs that agree in all settings but `along`; hollow where latents were not analysed."""
+    others = [name for name in varied(rows) if name != along] if rows else []
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        values = (f"{name.rpartition('.')[2]}={row.settings.get(name)}" for name in others)
+        groups.setdefault(", ".join([row.pair, *values]), []).append(row)
+    for (label, group), colour in zip(groups.items(), cycle(COLOURS), strict=False):
+        points = sorted(group, key=x)
+        axes.plot([x(row) for row in points], [y(row) for row in points], color=colour, label=label)
+        for row in points:
+            face = colour if row.own else "white"
+            axes.plot(x(row), y(row), "o", color=colour, markersize=3.5, markerfacecolor=face)
+    if groups:
+        axes.legend(fontsize=5)
+
+
+if __name__ == "__main__":
+    run(AnalysisSettings, main)

@@ -1,0 +1,42 @@
+"""What the analysis tells Weights & Biases: latents by owner, tables, the report, and its files as an artifact."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict
+from pathlib import Path
+
+from analysis.config import AnalysisSettings
+from analysis.report import NEEDED
+from extract.mirror import Mirror
+from train.metric_table import units
+
+# Of an analysis folder: what becomes a table, by its name, and what the artifact holds.
+TABLES = {"categories": "categories.csv", "classes": "classes.csv"}
+FILES = (*NEEDED, "classes.csv", "config.yaml")
+
+
+def track(settings: AnalysisSettings, folders: list[Path], report_folder: Path) -> None:
+    """Log the finished analyses in `folders` and their report as one W&B run, the same one whenever they change."""
+    owners, page = report_folder / "tables" / "owners.csv", report_folder / "index.html"
+    facts = asdict(settings) | {"units": units("analysis")}
+    mirror = Mirror(settings.tracking, report_folder, "analysis", "analysis", settings.study, facts)
+    tables = {f"analysis/{name}/{f.name}": f / file for f in folders for name, file in TABLES.items()}
+    mirror.show(latents_by_owner(owners), {"analysis/owners": owners, **tables}, {"analysis/report": page})
+    mirror.artifact(f"analysis-{settings.study}", "analysis", _files(folders, report_folder))
+    mirror.end(0)
+
+
+def latents_by_owner(table: Path) -> dict[str, float]:
+    """The rows of the report's table of owners as metrics."""
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {f"analysis/latents/{row['pair']}/{row['owner']}": int(row["count"]) for row in rows}
+
+
+def _files(folders: list[Path], report_folder: Path) -> dict[str, Path]:
+    """By their names in the artifact."""
+    found = {f"{folder.name}/{name}": folder / name for folder in folders for name in FILES}
+    shown = [report_folder / "index.html", *report_folder.glob("tables/*"), *report_folder.glob("figures/*")]
+    found |= {f"report/{path.relative_to(report_folder)}": path for path in shown}
+    return {name: path for name, path in found.items() if path.is_file()}

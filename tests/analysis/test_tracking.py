@@ -1,0 +1,45 @@
+"""What the analysis logs to W&B: latents by owner, tables, the report and an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from made_study import make_study
+
+from analysis.report import report
+from analysis.tracking import latents_by_owner, track
+from tests.wandb_files import isolate, offline_parts
+from train.metric_table import METRICS, NUMBER
+
+
+def test_latents_are_counted_by_owner(tmp_path: Path):
+    table = tmp_path / "owners.csv"
+    table.write_text("pair,owner,count,total\na,base,3,10\na,shared,7,10\n")
+    assert latents_by_owner(table) == {"analysis/latents/a/base": 3, "analysis/latents/a/shared": 7}
+
+
+@pytest.mark.slow
+def test_an_analysis_is_a_run_with_tables_and_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    isolate(monkeypatch, tmp_path)
+    settings, folders = make_study(tmp_path / "study")
+    for folder in folders:
+        (folder / "classes.csv").write_text("class,base,tuned\nstyle,1,2\n")
+    settings.tracking.mode = "offline"
+    settings.tracking.start_timeout_s = settings.tracking.end_timeout_s = 300.0
+    target = report(settings, folders).parent
+    track(settings, folders, target)
+    track(settings, folders, target)
+    first, second = offline_parts(target)
+    assert first.run_id == second.run_id and first.run["job_type"] == "analysis" and first.exit_code == 0
+    (row,) = first.history
+    shown = {name.removesuffix("._type") for name in row if name.endswith("._type")}
+    numbers = {name for name in row if name.startswith("analysis/latents/")}
+    assert shown == {"analysis/owners", "analysis/report"} | {
+        f"analysis/{table}/{folder.name}" for table in ("categories", "classes") for folder in folders
+    }
+    assert {row[f"{name}._type"] for name in shown} == {"table-file", "html-file"}
+    promised = [metric for metric in METRICS if metric.section == "analysis"]
+    assert all(any(m.matches(n) for n in (numbers if m.kind == NUMBER else shown)) for m in promised)
+    assert row["analysis/latents/base_simpo/simpo"] >= 3
+    assert "analysis-made" in {artifact["name"] for artifact in first.artifacts}

@@ -1,0 +1,90 @@
+"""What a user can mend ends with one message that says how, and is not tried again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.studies import Studied
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def pipeline(cluster: Cluster, studied: Studied, *settings: str, **more: str) -> subprocess.CompletedProcess[str]:
+    arguments = ["experiment=small", "outputs=outputs/refused", *settings]
+    return cluster.run("bash", "slurm/pipeline.sh", *arguments, cwd=studied.checkout.folder, **more)
+
+
+@pytest.mark.parametrize(("variable", "about"), [("SBATCH_PARTITION", "partition"), ("SBATCH_ACCOUNT", "account")])
+def test_what_slurm_does_not_know_is_refused_before_anything_is_submitted(
+    cluster: Cluster, studied: Studied, variable: str, about: str
+) -> None:
+    alone = cluster.run("sbatch", "slurm/tokens.sh", cwd=studied.checkout.folder, **{variable: "nowhere"})
+    assert alone.returncode != 0 and about in alone.stdout.lower()
+    done = pipeline(cluster, studied, **{variable: "nowhere"})
+    assert done.returncode == 2
+    assert_one_error(done.stdout, f"{variable}=nowhere", "nothing is submitted")
+    assert cluster.must("squeue", "--noheader") == ""
+
+
+def test_memory_that_does_not_suffice_is_said_before_anything_is_submitted(cluster: Cluster, studied: Studied) -> None:
+    settings = ["training.device=auto", "crosscoder.num_latents=2_000_000_000"]
+    done = pipeline(cluster, studied, *settings, GPU="h100", GPUS_PER_NODE="2")
+    assert done.returncode == 2
+    assert_one_error(done.stdout, "GiB on each GPU")
+    assert cluster.must("squeue", "--noheader") == ""
+
+
+def test_a_missing_store_ends_a_job_for_good(cluster: Cluster, studied: Studied) -> None:
+    job = cluster.sbatch(
+        "--time=60",
+        "slurm/train.sh",
+        "experiment=small/base_tuned",
+        "outputs=outputs/nothing",
+        cwd=studied.checkout.folder,
+    )
+    assert_refused(cluster, job, "outputs/nothing/store", "extract.tokens")
+
+
+def test_a_time_limit_below_a_checkpoint_interval_ends_a_job_for_good(cluster: Cluster, studied: Studied) -> None:
+    job = studied.checkout.train(cluster, "short", "--time=2")
+    assert_refused(cluster, job, "2:00", "training.checkpoint_every=50", "--time=")
+
+
+def test_an_environment_without_the_packages_ends_a_job_for_good(
+    cluster: Cluster, studied: Studied, tmp_path: Path
+) -> None:
+    venv.create(tmp_path / "empty", with_pip=False)
+    job = studied.checkout.train(cluster, "empty", PYTHON=str(tmp_path / "empty" / "bin" / "python"), PYTHONPATH="")
+    assert_refused(cluster, job, "empty/bin/python", "slurm/site.sh")
+
+
+def test_a_job_that_never_gets_any_further_ends(cluster: Cluster, studied: Studied, tmp_path: Path) -> None:
+    """Its training is killed at every start, as by a node that has too little memory: one restart is allowed."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1 $2" != "-m train" ] || kill -9 $$\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    settings = ["max_restarts_without_progress=1"]
+    job = studied.checkout.train(cluster, "killed", settings=settings, PYTHON=str(python), RANKS_PER_NODE="1")
+    assert_refused(cluster, job, "max_restarts_without_progress=1", "did not get any further", restarts=2)
+
+
+def assert_one_error(text: str, *parts: str) -> None:
+    """One line says what is wrong, with these parts, and one of the last says what to do."""
+    errors = [line for line in text.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, text
+    assert all(part in errors[0] for part in parts), text
+
+
+def assert_refused(cluster: Cluster, job: str, *parts: str, restarts: int = 0) -> None:
+    assert cluster.wait(job) == "FAILED", cluster.log(job)
+    (shown,) = cluster.shown(job)
+    assert (shown["ExitCode"], shown["Restarts"]) == ("2:0", str(restarts)), cluster.log(job)
+    assert_one_error(cluster.log(job), *parts)
+    last = cluster.last_lines(job, 1)
+    assert "must be mended" in last and "slurm/train.sh" in last

@@ -1,0 +1,44 @@
+"""The private cluster itself: nothing of it stays, whatever happens to the tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import ROOT, Cluster
+from tests.slurm.guard import marked
+
+OWNER = """
+import sys, time
+from tests.slurm.cluster import Cluster
+with Cluster.up() as cluster:
+    job = cluster.sbatch("--nodes=2", "--output=/dev/null", "--wrap=srun sleep 1000")
+    while cluster.state(job) != "RUNNING":
+        time.sleep(0.1)
+    print(cluster.plan.folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_owner_takes_daemons_jobs_and_files_along(cluster: Cluster) -> None:
+    """`cluster` tells whether there can be one; the killed one is another beside it."""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    folder = Path(owner.stdout.readline().strip())
+    mark = f"SLURM_CONF={folder / 'slurm.conf'}".encode()
+    assert len(list(marked(mark))) >= 6  # munged, slurmctld, two slurmd, and sleep on each node
+    owner.kill()
+    owner.communicate()
+    end_at = time.monotonic() + 20
+    while folder.exists() and time.monotonic() < end_at:
+        time.sleep(0.1)
+    assert not folder.exists()
+    assert not list(marked(mark))
+    assert cluster.must("sinfo", "--noheader", "--format=%T") == "idle"

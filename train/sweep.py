@@ -1,0 +1,222 @@
+"""The members of a sweep, `python -m train -m`: which are finished, what is known of the others, what Hydra is told.
+
+A launcher (`hydra_plugins`) hands the members that are not finished to a runner, which starts each as
+`python -m train` with the member's settings, here (`sweep_local`) or in a Slurm array (`sweep_slurm`). Of each member
+`<outputs>/sweeps/<run name>.json` tells its settings, where it runs or ran, and how that ended.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig
+
+from extract.command import EXIT_BAD_INPUT, compose, experiment_of
+from extract.errors import BadInput
+from extract.manifest import Manifest
+from extract.publish import publish
+from train.config import TrainSettings
+from train.crosscoder import Crosscoder
+from train.ending import EXIT_FAILED
+from train.meeting import Place
+from train.runs import result_settings, run_folder, selected_pair
+from train.stops import EXIT_STOPPED
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Member:
+    """One command line of a sweep; how it `ended`, in words, once it has; `job` and `log_file` where Slurm runs it."""
+
+    overrides: list[str]
+    settings: TrainSettings
+    folder: Path
+    group: str
+    ended: str | None = None
+    job: str | None = None
+    log_file: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def command(self) -> list[str]:
+        """What trains this member alone."""
+        return [sys.executable, "-m", "train", *self.overrides]
+
+    @property
+    def record_file(self) -> Path:
+        return Path(self.settings.outputs) / "sweeps" / f"{self.name}.json"
+
+    def record(self) -> None:
+        """Write down what is known."""
+        values = asdict(self) | {"folder": str(self.folder), "settings": result_settings(self.settings)}
+        publish(self.record_file, json.dumps(values, indent=1).encode())
+
+    @classmethod
+    def read(cls, record: Path) -> Member:
+        """The member that `record` was written for."""
+        values = json.loads(record.read_bytes())
+        settings = compose(TrainSettings, values["overrides"])
+        return cls(**{**values, "settings": settings, "folder": Path(values["folder"])})
+
+    def recorded(self) -> dict[str, Any]:
+        """What an earlier sweep wrote down; nothing where none did."""
+        return json.loads(self.record_file.read_bytes()) if self.record_file.exists() else {}
+
+    def ending(self) -> str:
+        """How it ended, with the command that runs it alone."""
+        where = f", see {self.log_file}" if self.log_file else ""
+        return f"{self.name}: {self.ended}{where}\n    {shlex.join(['python', *self.command[1:]])}"
+
+
+class Runner(Protocol):
+    """How members are run."""
+
+    def __call__(self, members: list[Member]) -> bool:
+        """Run `members`, recording how each ended; whether it was asked to stop before all had."""
+
+
+def run_sweep(config: DictConfig, job_overrides: Sequence[Sequence[str]], runner: Runner) -> list[JobReturn]:
+    """Run those members that are not finished; what Hydra's sweeper is told of every one, `objective` among it.
+
+    Exits with EXIT_BAD_INPUT and one line for a sweep that cannot be, with EXIT_STOPPED when asked to stop, and unless
+    it is a search, which goes on, with EXIT_FAILED and a list of the members that are not finished.
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("train").setLevel(logging.INFO)
+    try:
+        members = members_of(config, job_overrides)
+        missing = [member for member in members if not is_finished(member.settings, member.folder)]
+        log.info("%s: %d members, %d finished before", members[0].group, len(members), len(members) - len(missing))
+        for member in missing:
+            if not member.recorded():  # else it says what job an earlier command submitted
+                member.record()
+        stopped = bool(missing) and runner(missing)
+    except BadInput as error:
+        _exit(EXIT_BAD_INPUT, f"error: {error}")
+    failed = [member for member in missing if not is_finished(member.settings, member.folder)]
+    if stopped:
+        _exit(EXIT_STOPPED, f"Stopped with {len(failed)} of {len(members)} members to do; the same command continues.")
+    if failed and not is_search(config):
+        _exit(EXIT_FAILED, summary(members, failed))
+    return [_returned(member, member in failed) for member in members]
+
+
+def is_search(config: DictConfig) -> bool:
+    """Whether Hydra's sweeper chooses settings by what members return, rather than running all."""
+    return bool(config.hydra.runtime.choices["hydra/sweeper"] != "basic")
+
+
+def summary(members: list[Member], failed: list[Member]) -> str:
+    """Which members are not finished, and what to do."""
+    start = f"error: {len(failed)} of {len(members)} members are not finished; the same command runs them again"
+    return "\n".join([f"{start}, or one alone:", *(member.ending() for member in failed)])
+
+
+def _exit(status: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def _returned(member: Member, has_failed: bool) -> JobReturn:
+    if has_failed:
+        error = CompactHydraException(f"{member.name}: {member.ended}")
+        return JobReturn(overrides=member.overrides, status=JobStatus.FAILED, _return_value=error)
+    return JobReturn(overrides=member.overrides, status=JobStatus.COMPLETED, _return_value=objective(member.folder))
+
+
+def members_of(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> list[Member]:
+    """The members of a sweep. BadInput where one run would be trained twice, and under torchrun."""
+    if Place.of(os.environ).launched:
+        raise BadInput(
+            "A sweep starts the ranks of its members itself. Run `python -m train -m ...` without torchrun or srun, "
+            "and say hydra.launcher.ranks=8 (here), or hydra/launcher=slurm."
+        )
+    sweep = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    swept = [override.get_key_element() for override in sweep if override.is_sweep_override()]
+    swept += [name for name in config.hydra.sweeper.get("params") or {} if name not in swept]
+    members: dict[Path, Member] = {}
+    for overrides in job_overrides:
+        member = _member(list(overrides), swept)
+        if member.folder in members:
+            raise BadInput(
+                f"Two members of this sweep are one run, {member.folder}: {' '.join(members[member.folder].overrides)} "
+                f"and {' '.join(member.overrides)}. Sweep over settings that change the result."
+            )
+        members[member.folder] = member
+    return list(members.values())
+
+
+def _member(overrides: list[str], swept: list[str]) -> Member:
+    settings = compose(TrainSettings, overrides)
+    group = settings.tracking.group or group_of(overrides, swept, settings.study)
+    folder = run_folder(settings, experiment_of(settings))
+    others = [override for override in overrides if not override.startswith("tracking.group=")]
+    return Member([*others, f"tracking.group={quoted(group)}"], settings, folder, group)
+
+
+def group_of(overrides: list[str], swept: list[str], study: str) -> str:
+    """The W&B group of a sweep without one of its own: "demo/base_simpo over crosscoder.k and hookpoint"."""
+    chosen = [override.partition("=")[2] for override in overrides if override.startswith("experiment=")]
+    start = study if "experiment" in swept else chosen[0]
+    return f"{start} over {' and '.join(swept)}" if swept else start
+
+
+def quoted(text: str) -> str:
+    """Text as a value on a command line of Hydra."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def is_finished(settings: TrainSettings, folder: Path) -> bool:
+    """Whether the crosscoder of a run is there, intact, and of these settings and data; the data are not opened, and
+    where there are no manifests of a store on this machine, as with data=online, they are taken to be the same.
+    """
+    try:
+        trained_with = Crosscoder.load(folder / "crosscoder").trained_with
+    except BadInput:
+        return False
+    members = settings.pairs[selected_pair(settings)]
+    wanted = {**result_settings(settings), "models": members}
+    places = [settings.place(member) for member in members]
+    stores = [settings.tokens_folder, *(settings.activations_folder(place.model, place.hookpoint) for place in places)]
+    if settings.data.mode == "stored" and all((store / "manifest.json").exists() for store in stores):
+        wanted["data"] = [Manifest.read(store).content_sha256() for store in stores]
+    return all(trained_with.get(name) == value for name, value in wanted.items())
+
+
+def objective(folder: Path) -> float | None:
+    """What a search maximises: the variance explained of held-out tokens, averaged over models, as last measured.
+
+    None for a run that has measured none.
+    """
+    path, last = folder / "metrics.jsonl", list[float | None]()
+    for line in path.read_text().splitlines() if path.exists() else []:
+        values = [value for name, value in json.loads(line).items() if name.startswith("val/variance_explained/")]
+        last = values or last
+    finite = [value for value in last if value is not None]
+    return sum(finite) / len(finite) if last and len(finite) == len(last) else None
+
+
+def status_text(status: int | None) -> str:
+    """How a process with this status, as `subprocess` has it, ended; None is one that was not started."""
+    if status is None:
+        return "not started"
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    return {0: "done", EXIT_STOPPED: "stopped and saved"}.get(status, f"failed with status {status}")
