@@ -140,7 +140,12 @@ METRICS = (
     Metric("extract/done/<model>", "share", "Tokens of a model that are finished, at all its hookpoints."),
     Metric("analysis/latents/<pair>/<owner>", "latents", "Latents by owner: a model, shared, other or dead."),
     Metric("analysis/owners", "latents", "The same, a row for each pair and owner.", TABLE),
-    Metric("analysis/categories/<pair>", "latents", "Latents of one model: their category, its class, and how close it is.", TABLE),
+    Metric(
+        "analysis/categories/<pair>",
+        "latents",
+        "Latents of one model: their category, its class, and how close it is.",
+        TABLE,
+    ),
     Metric("analysis/classes/<pair>", "latents", "How many model-specific latents fall into each class.", TABLE),
     Metric("analysis/report", "", "The report of the study.", PAGE),
 )
