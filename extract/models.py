@@ -152,7 +152,8 @@ def load_as(kind: Any, name: str, config: ModelConfig, num_wanted: int | None = 
     loaded, missing = _load(kind, name, config, num_wanted, torch.float32 if adapter else dtype)
     if adapter:
         merge_adapter(loaded, adapter)
-        loaded = loaded.to(dtype=dtype)
+        for parameter in loaded.parameters():  # buffers, as rotary frequencies, stay as they are in a model without one
+            parameter.data = parameter.data.to(dtype)
     return loaded, missing
 
 

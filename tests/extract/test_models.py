@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from extract.codecs import CODECS
@@ -329,6 +330,24 @@ def test_merged_adapter_equals_the_adapted_model(tiny_models: dict[str, Path], t
     torch.testing.assert_close(acts, expected, rtol=1e-4, atol=1e-4)
     plain = load_blocks("base", ModelConfig(str(tiny_models["base"]), dtype="float32"), ["block1"])
     assert not torch.allclose(acts, plain.activations(ids, torch.ones_like(ids))["block1"], atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_adapter_that_adds_nothing_changes_no_bit(tiny_models: dict[str, Path], tmp_path: Path, dtype: str):
+    """B = 0: parameters are rounded as without an adapter, and what positions become is not rounded at all."""
+    adapter = tiny.save_adapter(tiny_models["base"], tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: w if "lora_A" in name else w * 0 for name, w in weights.items()}, adapter / "adapter_model.safetensors"
+    )
+    ids = torch.arange(1, 201)[None]
+    acts = [
+        load_blocks("base", ModelConfig(str(tiny_models["base"]), adapter=folder, dtype=dtype), ["block1"]).activations(
+            ids, torch.ones_like(ids)
+        )["block1"]
+        for folder in (None, str(adapter))
+    ]
+    assert acts[0].dtype == getattr(torch, dtype) and torch.equal(*acts)
 
 
 @pytest.mark.parametrize("other", [{"width": 32}, {"num_blocks": 6}])
