@@ -48,6 +48,6 @@ bench: $(INSTALLED)
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt demo/requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt torch
-	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev,deepspeed]'
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev,deepspeed,slurm,sweep,dashboard]'
 	$(BIN)/pip install -q $(PIP_ARGS) --no-deps -r demo/requirements.txt
 	touch $@

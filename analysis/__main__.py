@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from extract.interrupts import one_line_interrupts
+from extract.interrupts import one_line_interrupts, stops_interrupt
 
 with one_line_interrupts():
     from omegaconf import OmegaConf
@@ -20,6 +20,11 @@ with one_line_interrupts():
 
 
 def main(settings: AnalysisSettings) -> None:
+    with stops_interrupt():
+        analyse(settings)
+
+
+def analyse(settings: AnalysisSettings) -> None:
     """Analyses the selected pairs, then compares and reports all pairs of the study that are analysed."""
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
     _note_start(settings)

@@ -23,7 +23,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import IntervalSweep, Override, QuotedString, Quote
 from hydra.errors import CompactHydraException, HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -92,7 +92,7 @@ def _run(
         sys.exit()
     ConfigStore.instance().store(name="schema", node=settings_class)
     try:
-        sys.argv[1:] = check_overrides(settings_class, _with_launcher(sys.argv[1:], launcher))
+        sys.argv[1:] = check_overrides(settings_class, _of_sweep(sys.argv[1:], launcher))
         if all(argument in MULTIRUN for argument in sys.argv[1:] if argument.startswith("-")):
             for overrides in _members(sys.argv[1:]):  # the same compositions as below, for errors of one line
                 compose(settings_class, overrides)
@@ -113,12 +113,15 @@ def _run(
     entry()
 
 
-def _with_launcher(arguments: list[str], launcher: str | None) -> list[str]:
-    """The command line of a sweep with a launcher, any other as it is."""
-    chosen = any(argument.startswith("hydra/launcher=") for argument in arguments)
-    if launcher is None or chosen or not set(MULTIRUN) & set(arguments):
+def _of_sweep(arguments: list[str], launcher: str | None) -> list[str]:
+    """The command line of a sweep with a launcher, and its flag first: Hydra takes none between settings. Any other
+    command line as it is.
+    """
+    settings = [argument for argument in arguments if argument not in MULTIRUN]
+    if settings == arguments:
         return arguments
-    return [*arguments, f"hydra/launcher={launcher}"]
+    chosen = launcher is None or any(argument.startswith("hydra/launcher=") for argument in settings)
+    return [MULTIRUN[0], *settings, *([] if chosen else [f"hydra/launcher={launcher}"])]
 
 
 def _members(arguments: list[str]) -> list[list[str]]:
@@ -261,8 +264,7 @@ def _check(settings_class: type[ExtractSettings], argument: str) -> str:
     if plain == "experiment" or (CONFIGS / plain / f"{value}.yaml").exists():
         return argument
     if plain == "corpus":
-        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"corpus.sources=[{{path: '{quoted}'}}]"
+        return f"corpus.sources=[{{path: {QuotedString(value, Quote.single).with_quotes()}}}]"
     section = plain.split(".")[0]
     if section in OWNERS and typing.get_type_hints(settings_class)[section] is Any:
         raise BadInput(

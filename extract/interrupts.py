@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 # What shells report for a process that SIGINT ended: 128 + 2.
 EXIT_INTERRUPTED = 130
@@ -17,15 +18,19 @@ EXIT_INTERRUPTED = 130
 @contextmanager
 def stops_interrupt() -> Iterator[None]:
     """A block that SIGTERM and SIGUSR1, by which schedulers end jobs, interrupt as Ctrl-C does: what the process holds
-    is given back.
+    is given back. A script of slurm/ sends SIGUSR1 until the process has ended: once is enough.
     """
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @contextmanager

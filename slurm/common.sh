@@ -18,7 +18,7 @@ CONTAINER=() SRUN_ARGS=()
 # shellcheck source=/dev/null
 [ ! -r "$site" ] || . "$site"
 
-label=crossdiff again=${AGAIN:-} heard="" num_heard=0 pids=() nodes=1 per_node=1 gpus=0 num_cpus=1 cpus=1
+label=crossdiff again=${AGAIN:-} heard="" num_heard=0 is_late="" insisting="" pids=() nodes=1 per_node=1 gpus=0 num_cpus=1 cpus=1
 # The number of an array's task: one of them has that of the whole array as SLURM_JOB_ID.
 this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 this_job=${this_job:-${SLURM_JOB_ID:-}}
@@ -52,6 +52,7 @@ prepare() {
   trap 'hear USR1' USR1
   trap 'hear TERM' TERM
   trap 'hear INT' INT
+  trap 'is_late=yes num_heard=$((num_heard + 1))' USR2 # of insist
   find_python
   count_processes "$2" "${@:3}"
   if in_slurm; then
@@ -166,36 +167,59 @@ hear() {
   forward
 }
 
-# srun passes USR1 on, and takes TERM and INT as a wish to kill at once; Slurm itself sends those to all processes.
+# Elsewhere processes are told at once. Under Slurm srun passes USR1 on; it takes TERM and INT as a wish to kill at once,
+# and Slurm itself sends those to all processes.
 forward() {
-  local pid signal=USR1
-  in_slurm || signal=TERM
-  if in_slurm && [ "$heard" = TERM ]; then return; fi
-  for pid in "${pids[@]}"; do kill -"$signal" "$pid" 2>/dev/null; done
+  [ ${#pids[@]} -gt 0 ] || return
+  if ! in_slurm; then
+    kill -TERM "${pids[@]}" 2>/dev/null
+  elif [ "$heard" != TERM ] && [ -z "$insisting" ]; then
+    insist &
+    insisting=$!
+  fi
+}
+
+# Ask again until they have ended: one that is about to listen (see start_steps) has not heard it before. Where they do
+# not end in time, this shell is told so.
+insist() {
+  local end
+  end=$(squeue --noheader --jobs="$this_job" --format=%e | head -n 1)
+  end=$(date -d "${end:-unknown}" +%s 2>/dev/null)
+  while kill -USR1 "${pids[@]}" 2>/dev/null; do
+    sleep 5
+    [ -z "$end" ] || [ "$(date +%s)" -lt $((end - 20)) ] || kill -USR2 $$ || return
+  done
 }
 
 run() {
   export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+  [ -t 2 ] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-60} # a line of a log
   [ -z "${INTERFACE:-}" ] || export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
   [ -z "$heard" ] || ended 130
   if in_slurm; then start_steps "$@"; else start_here "$@"; fi
   [ -z "$heard" ] || forward
   await
+  if [ -n "$is_late" ]; then
+    say "its processes have not saved in time: what they had saved before is kept"
+    status=75
+  fi
   ended "$status"
 }
 
 # Everything that srun takes from its environment is said on its command line: which variables it heeds, and which
-# exclude each other, differs between releases of Slurm. A rank that ends badly ends the others by itself.
+# exclude each other, differs between releases of Slurm. A rank that ends badly ends the others by itself. Until one
+# listens to USR1 it ignores it, rather than die of it.
 start_steps() {
   local overcommit=()
   [ $((cpus * per_node)) -le "$num_cpus" ] || overcommit=(--overcommit)
   (
-    trap - USR1 TERM INT
+    trap - TERM INT
+    trap '' USR1
     unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_TASKS_PER_NODE SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK \
       SLURM_TRES_PER_TASK SLURM_CPUS_PER_GPU SLURM_DISTRIBUTION SLURM_EXPORT_ENV
     exec srun --mpi=none --export=ALL --kill-on-bad-exit=0 --wait=0 --distribution=block --nodes="$nodes" \
       --ntasks=$((nodes * per_node)) --ntasks-per-node="$per_node" --cpus-per-task="$cpus" \
-      "${overcommit[@]}" "${SRUN_ARGS[@]}" "$@"
+      "${overcommit[@]}" "${SRUN_ARGS[@]}" bash -c "trap '' USR1; exec \"\$@\"" rank "$@"
   ) &
   pids=($!)
 }
@@ -229,6 +253,7 @@ await() {
       next=$?
       [ "$next" = 127 ] && [ -n "$own" ] || own=$next # 127: it had ended when the signal came
       [ "$num_heard" != "$before" ] || break
+      [ -z "$is_late" ] || break 2
     done
     [ "$own" -le "$status" ] || status=$own
   done
@@ -237,7 +262,7 @@ await() {
 # ended STATUS: what happened and what to do, in the last lines of the log; requeue where that is what to do.
 ended() {
   local status=$1 what
-  trap '' USR1
+  trap '' USR1 USR2
   case $status in
     0) say "finished." && exit 0 ;;
     2) what="a setting, a file or the environment must be mended: the line that begins with \"error:\" says which. Then: $again" ;;

@@ -143,8 +143,8 @@ def _lines(file: Path) -> Iterator[dict[str, Any] | None]:
         for text in opened:
             try:
                 line = json.loads(text)
-                is_whole = isinstance(line, dict) and math.isfinite(line.get("step"))
-            except (ValueError, TypeError):
+                is_whole = math.isfinite(line["step"])
+            except (ValueError, TypeError, KeyError):
                 is_whole = False
             if is_whole or text.endswith(b"\n"):
                 yield line if is_whole else None

@@ -73,7 +73,7 @@ def _sections(outputs: Path, runs: Sequence[RunLog], extracted: Sequence[RunLog]
         "Extraction": [panel_figure(panel, extracted) for panel in panels_of("Extraction")],
         "Analysis": [owners_figure(outputs / OWNERS)],
     }
-    sections = []
+    sections = list[dict[str, object]]()
     for name in SECTIONS:
         figures: list[Figure] = own.get(name) or [panel_figure(panel, runs) for panel in panels_of(name)]
         shown = [figure for figure in figures if figure["data"]]

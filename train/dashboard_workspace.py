@@ -13,6 +13,7 @@ from urllib.error import HTTPError
 
 import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as workspaces
+from wandb_workspaces.reports.v2.interface import PanelTypes
 
 from extract.errors import BadInput
 from extract.publish import publish
@@ -107,14 +108,14 @@ def workspace_of(settings: TrainSettings, entity: str) -> workspaces.Workspace:
     )
 
 
-def _panels(section: str, settings: TrainSettings) -> list[panels.Panel]:
+def _panels(section: str, settings: TrainSettings) -> list[PanelTypes]:
     if section == SWEEP:
         models = list(dict.fromkeys(member for members in settings.needed_pairs.values() for member in members))
         return [plot for relation in RELATIONS for plot in _scatters(relation, models)]
     return [plot for panel in panels_of(section) for plot in _plots(panel, settings.needed_pairs)]
 
 
-def _plots(panel: Panel, pairs: dict[str, list[str]]) -> list[panels.Panel]:
+def _plots(panel: Panel, pairs: dict[str, list[str]]) -> list[PanelTypes]:
     """What draws a metric: one plot, but one for each pair of a table that every pair has."""
     name, title = panel.metric.name, panel.title_with_unit
     if panel.metric.kind == PAGE:
@@ -122,7 +123,7 @@ def _plots(panel: Panel, pairs: dict[str, list[str]]) -> list[panels.Panel]:
     if panel.metric.kind == TABLE:
         return [panels.WeavePanelSummaryTable(table_name=table) for table in _of_pairs(name, pairs)]
     if panel.metric.section == "analysis":
-        return [panels.BarPlot(title=title, metrics=_of_pairs(name, pairs), orientation="v")]
+        return [panels.BarPlot(title=title, metrics=[*_of_pairs(name, pairs)], orientation="v")]
     return [_line(panel, title)]
 
 

@@ -150,24 +150,25 @@ def members_of(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> li
     sweep = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     swept = [override.get_key_element() for override in sweep if override.is_sweep_override()]
     swept += [name for name in config.hydra.sweeper.get("params") or {} if name not in swept]
-    members: dict[Path, Member] = {}
-    for overrides in job_overrides:
-        member = _member(list(overrides), swept)
-        if member.folder in members:
+    members = [_member(list(overrides), swept) for overrides in job_overrides]
+    given = dict[Path, str]()
+    for member, overrides in zip(members, job_overrides, strict=True):
+        other = given.setdefault(member.folder, line := " ".join(overrides))
+        if other is not line:
             raise BadInput(
-                f"Two members of this sweep are one run, {member.folder}: {' '.join(members[member.folder].overrides)} "
-                f"and {' '.join(member.overrides)}. Sweep over settings that change the result."
+                f"Two members of this sweep are one run, {member.folder}: {other} and {line}. Sweep over settings that "
+                f"change the result, each value once."
             )
-        members[member.folder] = member
-    return list(members.values())
+    return members
 
 
 def _member(overrides: list[str], swept: list[str]) -> Member:
     settings = compose(TrainSettings, overrides)
-    group = settings.tracking.group or group_of(overrides, swept, settings.study)
     folder = run_folder(settings, experiment_of(settings))
-    others = [override for override in overrides if not override.startswith("tracking.group=")]
-    return Member([*others, f"tracking.group={quoted(group)}"], settings, folder, group)
+    if settings.tracking.group is not None:
+        return Member(overrides, settings, folder, settings.tracking.group)
+    group = group_of(overrides, swept, settings.study)
+    return Member([*overrides, f"tracking.group={group}"], settings, folder, group)
 
 
 def group_of(overrides: list[str], swept: list[str], study: str) -> str:
@@ -175,12 +176,6 @@ def group_of(overrides: list[str], swept: list[str], study: str) -> str:
     chosen = [override.partition("=")[2] for override in overrides if override.startswith("experiment=")]
     start = study if "experiment" in swept else chosen[0]
     return f"{start} over {' and '.join(swept)}" if swept else start
-
-
-def quoted(text: str) -> str:
-    """Text as a value on a command line of Hydra."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def is_finished(settings: TrainSettings, folder: Path) -> bool:

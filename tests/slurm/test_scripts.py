@@ -60,7 +60,7 @@ def test_every_script_is_sound(path):
 
 
 def test_there_is_a_script_for_every_job():
-    assert {path.stem for path in SCRIPTS} == {"common", "pipeline", "site.example", *SUBMITTED}
+    assert {path.stem for path in SCRIPTS} == {"common", "pipeline", "site.example", "sweep_members", *SUBMITTED}
 
 
 @pytest.mark.parametrize("name", SUBMITTED)

@@ -94,7 +94,7 @@ def test_a_time_limit_must_hold_a_checkpoint_interval():
     """1000 steps of 2048 tokens at 10,240 tokens/s are 200 s; 60 s to start and 120 s of notice make 380."""
     rate = 10_240.0
     check_walltime(settings_of("walltime=6:20"), rate)
-    with pytest.raises(BadInput, match=r"6:19 \(379 s\) is shorter .* 380 s .*checkpoint_every=1000"):
+    with pytest.raises(BadInput, match=r"6:19 \(379 s\), is shorter .* 380 s .*checkpoint_every=1000"):
         check_walltime(settings_of("walltime=6:19"), rate)
     check_walltime(settings_of("walltime=6:19", "training.checkpoint_every=900"), rate)
     check_walltime(settings_of("walltime=3:00"), None)  # nothing is known of its speed: start-up and notice
