@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from planted import random_store, settings_of, train_arguments
 
-from extract.command import _members, compose, experiment_of
+from extract.command import _members, _of_sweep, compose, experiment_of
 from extract.errors import BadInput
 from extract.shards import write_activations
 from train.config import TrainSettings
@@ -173,8 +173,16 @@ def test_a_summary_names_each_member_and_the_command_that_runs_it_alone():
     assert summary(members, members[1:]).splitlines() == [
         "error: 1 of 2 members are not finished; the same command runs them again, or one alone:",
         "base_simpo,k=6: failed with status 2, see logs/sweep-1_1.log",
-        "    python -m train experiment=demo/base_simpo crosscoder.k=6 'tracking.group=demo/base_simpo over crosscoder.k'",
+        "    python -m train experiment=demo/base_simpo crosscoder.k=6 "
+        "'tracking.group=demo/base_simpo over crosscoder.k'",
     ]
+
+
+def test_a_sweep_has_a_launcher_and_its_flag_first():
+    assert _of_sweep(["a=1,2", "-m", "b=3"], "local") == ["-m", "a=1,2", "b=3", "hydra/launcher=local"]
+    chosen = ["--multirun", "hydra/launcher=slurm", "a=1,2"]
+    assert _of_sweep(chosen, "local") == ["-m", *chosen[1:]]
+    assert _of_sweep(["a=1,2", "-m"], None) == ["-m", "a=1,2"] and _of_sweep(["a=1"], "local") == ["a=1"]
 
 
 def test_the_ends_of_an_interval_are_checked_and_only_a_search_draws_from_it():
