@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m analysis experiment=demo outputs=$(OUTPUTS) $(STORE_ARGS) $(TRAIN_ARGS)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" -rs -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m slow

@@ -17,6 +17,7 @@ with one_line_interrupts():
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from analysis import figures, tables
     from analysis.config import AnalysisSettings
@@ -102,32 +103,45 @@ def figure_of(rows: list[Row]) -> Figure:
         panels = list(figure.subplots(1, 3 if len(layers) > 1 else 2))
         _lines(panels[0], finished, K, lambda row: row.l0, lambda row: row.mean_explained)
         panels[0].set(title="Variance explained (held-out)", xlabel="L0")
-        _lines(panels[-1], finished, K, lambda row: row.l0, lambda row: row.num_own)
+        _lines(panels[-1], finished, K, lambda row: row.l0, lambda row: row.num_own, lambda row: bool(row.own))
         analysed = sum(bool(row.own) for row in finished)
         panels[-1].set(title="Latents of one model", xlabel=f"L0   (filled: analysed, {analysed} of {len(finished)})")
+        panels[-1].yaxis.set_major_locator(MaxNLocator(integer=True))
         if len(layers) > 1:
             place = {layer: number for number, layer in enumerate(layers)}
             _lines(panels[1], finished, LAYER, lambda row: place[row.settings[LAYER]], lambda row: row.mean_explained)
             panels[1].set(title="Variance explained (held-out)", xlabel="layer")
             panels[1].set_xticks(range(len(layers)), layers)
+        for axes in panels[:-1]:
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend()
         return figure
 
 
-def _lines(axes: Axes, rows: list[Row], along: str, x: Callable[[Row], float], y: Callable[[Row], float]) -> None:
-    """A line for each group of runs that agree in all settings but `along`; hollow where latents were not analysed."""
-    others = [name for name in varied(rows) if name != along] if rows else []
-    groups: dict[str, list[Row]] = {}
+def _lines(
+    axes: Axes,
+    rows: list[Row],
+    along: str,
+    x: Callable[[Row], float],
+    y: Callable[[Row], float],
+    is_filled: Callable[[Row], bool] = lambda row: True,
+) -> None:
+    """A line for each group of runs that agree in all settings but `along`, named by what its group differs in from
+    the others.
+    """
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    others = [name for name in varied(rows) if name != along]
     for row in rows:
         values = (f"{name.rpartition('.')[2]}={row.settings.get(name)}" for name in others)
-        groups.setdefault(", ".join([row.pair, *values]), []).append(row)
-    for (label, group), colour in zip(groups.items(), cycle(COLOURS), strict=False):
+        groups.setdefault((row.pair, *values), []).append(row)
+    constant = [len(set(column)) == 1 for column in zip(*groups, strict=True)]
+    for (parts, group), colour in zip(groups.items(), cycle(COLOURS), strict=False):
+        label = ", ".join(part for part, same in zip(parts, constant, strict=True) if not same)
         points = sorted(group, key=x)
         axes.plot([x(row) for row in points], [y(row) for row in points], color=colour, label=label)
         for row in points:
-            face = colour if row.own else "white"
+            face = colour if is_filled(row) else "white"
             axes.plot(x(row), y(row), "o", color=colour, markersize=3.5, markerfacecolor=face)
-    if groups:
-        axes.legend(fontsize=5)
 
 
 if __name__ == "__main__":

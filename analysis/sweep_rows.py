@@ -71,9 +71,16 @@ def rows_of(settings: AnalysisSettings) -> list[Row]:
         which = f" of {settings.pair}" if settings.pair else ""
         raise BadInput(f"{outputs} has no runs{which}. Run a sweep: python -m train -m ... crosscoder.k=50,100,200.")
     rows = [_row(outputs, name, records.get(name, {}), settings.analysis.owner) for name in names]
-    return sorted(
-        rows, key=lambda row: (row.pair, block_order(row.settings["hookpoint"]), row.settings["crosscoder.k"], row.name)
-    )
+    return sorted(rows, key=_order)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """By pair, layer, k, then the other settings, numbers by their size."""
+    others = [
+        (name, (value, "") if isinstance(value, int | float) else (math.inf, str(value)))
+        for name, value in sorted(row.settings.items())
+    ]
+    return row.pair, block_order(row.settings["hookpoint"]), row.settings["crosscoder.k"], others
 
 
 def block_order(hookpoint: str) -> list[int]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from extract.errors import BadInput
 from extract.manifest import provenance
+from extract.metrics_file import Values, plain
 from extract.publish import publish
 
 log = logging.getLogger(__name__)
@@ -147,14 +148,15 @@ class Mirror:
 
     def show(
         self,
-        numbers: Mapping[str, float] | None = None,
+        numbers: Values | None = None,
         tables: Mapping[str, Path] | None = None,
         pages: Mapping[str, Path] | None = None,
     ) -> None:
-        """Log results by their names: numbers, tables (CSV files with a heading), pages (HTML files)."""
+        """Log results by their names: numbers and histograms, tables (CSV files with a heading), pages (HTML files)."""
         files = {"tables": tables or {}, "pages": pages or {}}
         named = {kind: {name: str(path.resolve()) for name, path in paths.items()} for kind, paths in files.items()}
-        self._send({"show": {"numbers": dict(numbers or {}), **named}})
+        values = {name: plain(value) for name, value in (numbers or {}).items()}
+        self._send({"show": {"numbers": values, **named}})
 
     def artifact(self, name: str, kind: str, files: Mapping[str, Path]) -> None:
         """Upload files, by their names in the artifact, unless `tracking.artifacts` is off. They must not change."""

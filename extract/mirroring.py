@@ -54,21 +54,23 @@ def _listen(messages: queue.SimpleQueue[Message]) -> None:
 def _mirror(job: Job, run: Any, last_step: int) -> None:
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(messages,), daemon=True).start()
-    lines = new_lines(job, last_step)
+    lines, step = new_lines(job, last_step), last_step
     for message in _with_pauses(job, messages):
         for line in next(lines):
-            run.log(values_of(line), step=line["step"], commit=True)
-        _tell(job, run, message)
+            step = line["step"]
+            run.log(values_of(line), step=step, commit=True)
+        step += "show" in message
+        _tell(job, run, message, step)
         if "end" in message:
             _end(job, run, **message["end"])
             return
 
 
-def _tell(job: Job, run: Any, message: Message) -> None:
-    """Log results. One that W&B does not take costs no other, and the run still ends as it should."""
+def _tell(job: Job, run: Any, message: Message, step: int) -> None:
+    """Log results, as `step`. One that W&B does not take costs no other, and the run still ends as it should."""
     try:
         if "show" in message:
-            run.log(_shown(**message["show"]), commit=True)
+            run.log(_shown(**message["show"]), step=step, commit=True)
         if "artifact" in message:
             run.log_artifact(_artifact(job, **message["artifact"]))
     except Exception as error:
@@ -204,11 +206,11 @@ def values_of(line: Message) -> Message:
     }
 
 
-def _shown(numbers: dict[str, float], tables: dict[str, str], pages: dict[str, str]) -> Message:
+def _shown(numbers: Message, tables: dict[str, str], pages: dict[str, str]) -> Message:
     import wandb
 
     html = {name: wandb.Html(Path(path).read_text(encoding="utf-8"), inject=False) for name, path in pages.items()}
-    return {**numbers, **{name: _table(Path(path)) for name, path in tables.items()}, **html}
+    return {**values_of(numbers), **{name: _table(Path(path)) for name, path in tables.items()}, **html}
 
 
 def _table(path: Path) -> Any:

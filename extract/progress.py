@@ -1,7 +1,8 @@
-"""How far extraction is, all workers together, as metrics: `<outputs>/extraction/metrics.jsonl` and Weights & Biases.
+"""How far extraction is, as metrics: `<outputs>/{tokens,extraction}/metrics.jsonl`, and Weights & Biases, a run each.
 
-One worker at a time keeps them, the one that holds the claim `progress`; when it leaves or dies, another goes on with
-the same file and the same W&B run. The step of a line is the number of finished shards.
+Tokens are made by one process; the step of a line is their number. Activations are the work of several: one at a time
+keeps the metrics of all, the one that holds the claim `progress`; when it leaves or dies, another goes on with the same
+file and the same W&B run. The step of a line is the number of finished shards.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import logging
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from extract.claims import Claims, clock
 from extract.config import ExtractSettings
@@ -25,8 +29,48 @@ log = logging.getLogger(__name__)
 EVERY_S = 30.0  # between lines, at least
 
 
+class TokensLog:
+    """Of the making of tokens, which goes on after `before` of them. A context manager; `note` whenever there are more,
+    and `finished` when there are all. What cannot be logged is a warning.
+    """
+
+    def __init__(self, settings: ExtractSettings, before: int):
+        self._settings, self._step, self._status = settings, before, STOPPED
+        self._opened: tuple[MetricsFile, Mirror] | None = None
+        self._since = time.monotonic()
+
+    def __enter__(self) -> TokensLog:
+        with _warned("making tokens"):
+            self._opened = _opened(self._settings, "tokens", self._step, asdict(self._settings))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        stopped = kind in (None, GeneratorExit)  # whoever takes the documents takes no more
+        _close(self._opened, self._status if stopped else FAILED)
+
+    def note(self, num_documents: int, num_tokens: int) -> None:
+        """Log the totals so far, unless this was done a moment ago."""
+        if time.monotonic() - self._since >= EVERY_S:
+            self._log(num_documents, num_tokens)
+
+    def finished(self, num_documents: int, num_tokens: int) -> None:
+        self._status = 0
+        if num_tokens > self._step:
+            self._log(num_documents, num_tokens)
+
+    def _log(self, num_documents: int, num_tokens: int) -> None:
+        now = time.monotonic()
+        speed = (num_tokens - self._step) / max(now - self._since, 1e-9)
+        values = {"tokens/documents": num_documents, "tokens/tokens": num_tokens, "tokens/tokens_per_second": speed}
+        if self._opened is not None:
+            self._opened[0].log(num_tokens, values)
+        self._step, self._since = num_tokens, now
+
+
 class ProgressLog:
-    """A context manager; `note` from time to time, and `finished` when every model is."""
+    """Of all workers that extract activations. A context manager; `note` from time to time, and `finished` when every
+    model is.
+    """
 
     def __init__(self, settings: ExtractSettings, tokens: TokenStore, claims: Claims):
         self._settings, self._tokens, self._claims = settings, tokens, claims
@@ -37,10 +81,7 @@ class ProgressLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if self._opened is not None:
-            file, mirror = self._opened
-            file.close()
-            mirror.end(self._status if kind is None else FAILED)
+        _close(self._opened, self._status if kind is None else FAILED)
 
     def note(self) -> None:
         """Log the progress, unless another worker does, or this was done a moment ago."""
@@ -55,26 +96,42 @@ class ProgressLog:
             self._log()
 
     def _log(self) -> None:
-        try:
+        with _warned("extraction"):
             if self._opened is None and self._claims.take("progress") is None:
                 return
             now = clock(self._settings.claims_folder)
             entries = progress(self._settings, current_claims(self._settings, now))
             step = sum(len(entry.done) for entry in entries)
             if self._opened is None:
-                self._opened = self._open(step)
+                facts = asdict(self._settings) | {"manifests": {"tokens": self._tokens.manifest.content_sha256()}}
+                self._opened = _opened(self._settings, "extraction", step - 1, facts)
             if step > self._step:
                 self._opened[0].log(step, metrics_of(entries, now))
                 self._step = step
-        except OSError as error:  # the work itself will say so if it cannot go on
-            log.warning("The progress of extraction cannot be logged: %s", error)
 
-    def _open(self, step: int) -> tuple[MetricsFile, Mirror]:
-        settings, folder = self._settings, Path(self._settings.outputs) / "extraction"
-        path = folder / "metrics.jsonl"
-        file = MetricsFile(path, step - 1)
-        facts = asdict(settings) | {"manifests": {"tokens": self._tokens.manifest.content_sha256()}}
-        return file, Mirror(settings.tracking, folder, "extraction", "extract", settings.study, facts, path)
+
+def _opened(settings: ExtractSettings, name: str, done: int, facts: dict[str, Any]) -> tuple[MetricsFile, Mirror]:
+    """The log called `name`, without lines after the step `done`, and its W&B run with the configuration `facts`."""
+    folder = Path(settings.outputs) / name
+    path = folder / "metrics.jsonl"
+    file = MetricsFile(path, done)
+    return file, Mirror(settings.tracking, folder, name, "extract", settings.study, facts, path)
+
+
+def _close(opened: tuple[MetricsFile, Mirror] | None, status: int) -> None:
+    if opened is not None:
+        file, mirror = opened
+        file.close()
+        mirror.end(status)
+
+
+@contextmanager
+def _warned(what: str) -> Iterator[None]:
+    """The work itself will say so if it cannot go on."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("The progress of %s cannot be logged: %s", what, error)
 
 
 def metrics_of(entries: list[Progress], now: float) -> dict[str, float]:

@@ -28,6 +28,7 @@ from extract.made_with import read_settings, start_folder
 from extract.manifest import ShardEntry
 from extract.mapped import MappedShard
 from extract.mixing import Mixture, SourceState, content_digest, digest_of
+from extract.progress import TokensLog
 from extract.publish import publish
 from extract.records import check_encoding, hub_commit, is_local, other_splits
 from extract.restarts import note_shards
@@ -166,7 +167,7 @@ def _write(settings: ExtractSettings, corpus: CorpusConfig, tokenizer: Any, made
     def stand() -> dict:
         return {"sources": {name: asdict(state) for name, state in zip(names, mixture.states, strict=True)}}
 
-    with closing(_progress(mixture)) as documents:  # no bar after an error's line
+    with closing(_progress(settings, mixture)) as documents:  # no bar after an error's line
         write_tokens(
             settings.store, documents, made_with, corpus.tokens_per_shard, asdict(settings), finished, resume=stand
         )
@@ -199,13 +200,20 @@ def contents(folder: Path, entries: list[ShardEntry]) -> set[bytes]:
     return found
 
 
-def _progress(mixture: Mixture) -> Generator[TokenDocument, None, None]:
-    """The documents of a mixture, counted by a progress bar."""
+def _progress(settings: ExtractSettings, mixture: Mixture) -> Generator[TokenDocument, None, None]:
+    """The documents of a mixture, counted by a progress bar and in the log."""
     before = sum(state.tokens for state in mixture.states)
-    with tqdm(total=mixture.corpus.num_tokens, initial=before, unit="tok", unit_scale=True, desc="tokens") as bar:
+    count, tokens = sum(state.kept for state in mixture.states), before
+    with (
+        tqdm(total=mixture.corpus.num_tokens, initial=before, unit="tok", unit_scale=True, desc="tokens") as bar,
+        TokensLog(settings, before) as log,
+    ):
         for document in mixture:
             yield document
+            count, tokens = count + 1, tokens + len(document.token_ids)
             bar.update(len(document.token_ids))
+            log.note(count, tokens)
+        log.finished(count, tokens)
 
 
 def main(settings: ExtractSettings) -> None:

@@ -15,6 +15,6 @@ here=$(dirname -- "$0")
 # shellcheck source=slurm/common.sh
 . "$here/common.sh"
 
-arguments_of gemma2_9b "$@"
 prepare analysis.sh one "$@"
+arguments_of gemma2_9b "$@"
 run "${python[@]}" -m analysis "${arguments[@]}"

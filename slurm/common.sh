@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# What the scripts of this folder share: the site, how processes start and find each other, signals, requeueing, and how
-# a job says that it ended. For other scripts:
+# What the scripts of this folder share: the site, and how processes start and find each other; ending.sh is how they end.
+# For other scripts:
 #
 #   prepare LABEL SHAPE [ARGUMENT...]    look before anything is done; sets python, nodes, per_node, gpus
 #   run COMMAND...                       run COMMAND, say how it ended, exit with its status
-#   job LABEL SHAPE COMMAND...           both
 #
 # SHAPE is ranks (one process for each GPU of all nodes, which find each other through MASTER_ADDR and MASTER_PORT),
 # workers (as many, each for itself) or one (one process). In a Slurm job srun starts them; elsewhere this shell does, for
@@ -18,41 +17,47 @@ CONTAINER=() SRUN_ARGS=()
 # shellcheck source=/dev/null
 [ ! -r "$site" ] || . "$site"
 
-label=crossdiff again=${AGAIN:-} heard="" num_heard=0 is_late="" insisting="" pids=() nodes=1 per_node=1 gpus=0 num_cpus=1 cpus=1
+# shellcheck source=slurm/ending.sh
+. "$root/slurm/ending.sh"
+
+label=crossdiff again=${AGAIN:-} pids=() nodes=1 per_node=1 gpus=0 num_cpus=1 cpus=1
 # The number of an array's task: one of them has that of the whole array as SLURM_JOB_ID.
 this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 this_job=${this_job:-${SLURM_JOB_ID:-}}
 in_slurm() { [ -n "${SLURM_JOB_ID:-}" ] && command -v srun >/dev/null; }
-# The script that Slurm runs is a copy of that name. Other scripts, a Jupyter server's for one, requeue no job of theirs.
-is_batch() { [ "${CROSSDIFF_BATCH:-}" = 1 ] || [ "$(basename -- "$0")" = slurm_script ]; }
 
-# has NAME ARGUMENT...: whether a setting NAME=, +NAME= or NAME.x= is among the arguments.
+# has NAME ARGUMENT...: whether NAME=, +NAME= or NAME.name=, by which a group is chosen too, is among the arguments.
 has() {
   local name=$1 argument
   for argument in "${@:2}"; do
-    case ${argument#+} in "$name="* | "$name."*) return 0 ;; esac
+    case ${argument#+} in "$name="* | "$name.name="*) return 0 ;; esac
   done
   return 1
 }
 
 # arguments_of EXPERIMENT ARGUMENT...: the arguments with an experiment, in `arguments`: theirs, EXPERIMENT's or that one.
 arguments_of() {
+  check_settings "${@:2}"
   arguments=("${@:2}")
   has experiment "${arguments[@]}" || arguments=("experiment=${EXPERIMENT:-$1}" "${arguments[@]}")
 }
 
-job() {
-  prepare "$1" "$2" "${@:3}"
-  run "${@:3}"
+# Settings alone: what sbatch is to read comes before the script's name.
+check_settings() {
+  local argument
+  for argument; do
+    case $argument in
+      -*) fail "$argument is no setting. Options of sbatch come first: sbatch $argument slurm/$label; those for jobs of pipeline.sh in SBATCH_ARGS." ;;
+      *=* | \~*) ;;
+      *) fail "$argument is no setting. Settings are KEY=VALUE, for example experiment=demo." ;;
+    esac
+  done
 }
 
 prepare() {
   label=$1
   [ -n "$again" ] || again=$(in_slurm && echo sbatch || echo bash)" slurm/$label${3:+$(printf ' %q' "${@:3}")}"
-  trap 'hear USR1' USR1
-  trap 'hear TERM' TERM
-  trap 'hear INT' INT
-  trap 'is_late=yes num_heard=$((num_heard + 1))' USR2 # of insist
+  listen
   find_python
   count_processes "$2" "${@:3}"
   if in_slurm; then
@@ -62,13 +67,6 @@ prepare() {
   else
     say "no Slurm job: $per_node process(es) on this machine ($gpus GPUs)"
   fi
-}
-
-say() { echo "== $(date '+%F %T') $label: $*"; }
-
-fail() {
-  echo "error: $*" >&2
-  ended 2
 }
 
 # The Python of the site's environment, which must have the packages; what it sees of GPUs.
@@ -140,56 +138,35 @@ compare_with_site() {
 # Where ranks meet: the first node, by a name that the others can resolve, else by the address that Slurm knows; a port
 # that depends on the job and its restart, so that nothing of an earlier start answers.
 rendezvous() {
-  local first address
+  local names
   MASTER_ADDR=127.0.0.1
   if [ "$nodes" -gt 1 ]; then
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_ADDR=$first${HEAD_SUFFIX:-}
-    if ! getent hosts "$MASTER_ADDR" >/dev/null; then
-      address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-      MASTER_ADDR=${address:-$first}
-    fi
+    mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    MASTER_ADDR=${names[0]}${HEAD_SUFFIX:-}
+    getent hosts "$MASTER_ADDR" >/dev/null || MASTER_ADDR=$(address_of "${names[0]}")
+    find_interface "$(address_of "${names[1]}")"
   fi
   MASTER_PORT=$((20000 + (SLURM_JOB_ID * 37 + ${SLURM_RESTART_COUNT:-0} * 101) % 12000))
   free_port
   export MASTER_ADDR MASTER_PORT
 }
 
+address_of() {
+  local found
+  found=$(getent hosts "$1" || scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+  echo "${found%% *}"
+}
+
+# Gloo listens at the address of the node's own name. Where that is one of the loopback (Debian's 127.0.1.1), which
+# others cannot reach: at the interface that leads to ADDRESS, another node.
+find_interface() {
+  local found
+  [ -z "${INTERFACE:-}${GLOO_SOCKET_IFNAME:-}" ] && [[ $(getent hosts "$(hostname)") == @(127.|::1)* ]] || return 0
+  found=$(ip -oneline route get "$1" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p')
+  [ "${found:-lo}" = lo ] || export GLOO_SOCKET_IFNAME=$found
+}
+
 free_port() { while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done; }
-
-# Bash handles a signal once the command in the foreground has ended, or wait was interrupted.
-hear() {
-  heard=$1 num_heard=$((num_heard + 1))
-  case $1 in
-    USR1) say "Slurm says that this job is about to end: its processes save and end" ;;
-    *) say "SIG$1 asks to end" ;;
-  esac
-  forward
-}
-
-# Elsewhere processes are told at once. Under Slurm srun passes USR1 on; it takes TERM and INT as a wish to kill at once,
-# and Slurm itself sends those to all processes.
-forward() {
-  [ ${#pids[@]} -gt 0 ] || return
-  if ! in_slurm; then
-    kill -TERM "${pids[@]}" 2>/dev/null
-  elif [ "$heard" != TERM ] && [ -z "$insisting" ]; then
-    insist &
-    insisting=$!
-  fi
-}
-
-# Ask again until they have ended: one that is about to listen (see start_steps) has not heard it before. Where they do
-# not end in time, this shell is told so.
-insist() {
-  local end
-  end=$(squeue --noheader --jobs="$this_job" --format=%e | head -n 1)
-  end=$(date -d "${end:-unknown}" +%s 2>/dev/null)
-  while kill -USR1 "${pids[@]}" 2>/dev/null; do
-    sleep 5
-    [ -z "$end" ] || [ "$(date +%s)" -lt $((end - 20)) ] || kill -USR2 $$
-  done
-}
 
 run() {
   export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
@@ -239,61 +216,4 @@ start_here() {
     ) &
     pids+=($!)
   done
-}
-
-# The largest status of all processes, in `status`. A wait that a signal interrupted is begun again.
-await() {
-  local pid own next before
-  status=0
-  for pid in "${pids[@]}"; do
-    own=""
-    while :; do
-      before=$num_heard
-      wait "$pid"
-      next=$?
-      [ "$next" = 127 ] && [ -n "$own" ] || own=$next # 127: it had ended when the signal came
-      [ "$num_heard" != "$before" ] || break
-      [ -z "$is_late" ] || break 2
-    done
-    [ "$own" -le "$status" ] || status=$own
-  done
-}
-
-# ended STATUS: what happened and what to do, in the last lines of the log; requeue where that is what to do.
-ended() {
-  local status=$1 what
-  trap '' USR1 USR2
-  case $status in
-    0) say "finished." && exit 0 ;;
-    2) what="a setting, a file or the environment must be mended: the line that begins with \"error:\" says which. Then: $again" ;;
-    70) what="a process hung or died: the error above says which. What was saved is kept; to continue: $again" ;;
-    75 | 130) what="stopped before the end; what was saved is kept. To continue: $again" ;;
-    *) what="ended with status $status, which is a defect or a broken installation: see the messages above. To continue once that is mended: $again" ;;
-  esac
-  if [ "$status" -gt 130 ]; then
-    what="a process was killed by signal $((status - 128)) (9: most often out of memory). What was saved is kept; to continue: $again"
-  fi
-  if may_continue "$status" && is_batch; then
-    requeue "$status"
-  fi
-  [ "$heard" != TERM ] || what="ended by SIGTERM (scancel, preemption or the end of its time). What was saved is kept; to continue: $again"
-  say "$what"
-  exit "$status"
-}
-
-# Whether the same command would continue: stopped, hung, killed, or ended anyhow after Slurm said that time is up.
-may_continue() {
-  [ "$1" != 2 ] && [ "$heard" != TERM ] && [ "$heard" != INT ] || return 1
-  [ "$1" = 70 ] || [ "$1" = 75 ] || [ "$1" -gt 130 ] || [ "$heard" = USR1 ]
-}
-
-requeue() {
-  say "status $1: not finished, what was saved is kept; this job is requeued and continues by itself. To prevent that: scancel $this_job"
-  trap 'exit 75' TERM
-  if scontrol requeue "$this_job"; then
-    sleep 60 & # Slurm ends this script now
-    wait $!
-    exit "$1"
-  fi
-  say "it could not be requeued: see above."
 }

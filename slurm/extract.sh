@@ -17,6 +17,6 @@ here=$(dirname -- "$0")
 # shellcheck source=slurm/common.sh
 . "$here/common.sh"
 
-arguments_of gemma2_9b "$@"
 prepare extract.sh workers "$@"
+arguments_of gemma2_9b "$@"
 run "${python[@]}" -m extract.activations "${arguments[@]}"

@@ -21,6 +21,7 @@ main() {
   sort_arguments
   preflight
   mkdir -p "$outputs/logs" || fail "$outputs/logs cannot be made: choose another place, outputs=PATH."
+  refuse_twice
   testing=yes
   study
   testing=""
@@ -64,6 +65,16 @@ partition_limit() {
     grep . || echo UNLIMITED
 }
 
+# Jobs of an earlier pipeline of this study that have not ended do the same work.
+refuse_twice() {
+  local left
+  [ -f "$outputs/logs/jobs" ] || return 0
+  left=$(squeue --me --noheader --format="%F %T" | awk 'NR == FNR { name[$2] = $1; next } $1 in name { print name[$1], $1, $2 }' "$outputs/logs/jobs" - |
+    sort -u -k 2,2n)
+  [ -z "$left" ] || fail "this study's jobs of an earlier pipeline.sh have not ended: $(paste -sd , <<<"$left" | sed 's/,/, /g')." \
+    "Wait for them, or cancel them first: scancel $(awk '{ print $2 }' <<<"$left" | sort -un | paste -sd ' ')"
+}
+
 # All jobs of the study, in order.
 study() {
   local pair choice script own trained=""
@@ -100,6 +111,7 @@ stage() {
     fail "Slurm refused $script, see above; the ${#jobs[@]} jobs submitted before it are cancelled."
   fi
   job=${said%%;*}
+  printf '%s %s\n' "$name" "$job" >>"$outputs/logs/jobs"
   jobs+=("$job") report+=("$(printf '%-24s %s' "$name" "$job")")
 }
 

@@ -16,6 +16,6 @@ here=$(dirname -- "$0")
 # shellcheck source=slurm/common.sh
 . "$here/common.sh"
 
-arguments_of gemma2_9b "$@"
 prepare tokens.sh one "$@"
+arguments_of gemma2_9b "$@"
 run "${python[@]}" -m extract.tokens "${arguments[@]}"

@@ -16,8 +16,8 @@ here=$(dirname -- "$0")
 . "$here/common.sh"
 
 label=train${default_pair:+_${default_pair#*/}}.sh
-arguments_of "${default_pair:-}" "$@"
 prepare "$label" ranks "$@"
+arguments_of "${default_pair:-}" "$@"
 num_ranks=$((nodes * per_node))
 [ "$num_ranks" -eq 1 ] || has engine "${arguments[@]}" || arguments+=(engine=latent)
 [ -z "${STAGING:-}" ] || has data.staging "${arguments[@]}" || arguments+=("data.staging=$STAGING")

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from train.metric_table import METRICS
+
 
 @dataclass
 class WandbFile:
@@ -52,6 +54,13 @@ def _read(path: Path) -> WandbFile:
         elif kind == "exit":
             found.exit_code = record["exit"].get("exit_code", 0)
     return found
+
+
+def promised(when: str, row: dict[str, Any]) -> bool:
+    """Whether a row has every metric of the table that training promises without conditions, and in W&B's names."""
+    names = {name.removesuffix(".values") for name in row}
+    wanted = [m for m in METRICS if m.section in ("train", "val", "speed", "memory") and not m.conditional]
+    return all(any(metric.matches(name) for name in names) for metric in wanted if metric.when == when)
 
 
 def isolate(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:

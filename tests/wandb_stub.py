@@ -84,6 +84,7 @@ class StubServer:
         variables = query.get("variables") or {}
         answers = {
             "Viewer": self._viewer,
+            "GetDefaultEntity": self._viewer,
             "ServerFeaturesQuery": self._server_info,
             "RunResumeStatus": self._resume_status,
             "UpsertBucket": self._upsert,

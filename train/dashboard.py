@@ -46,13 +46,17 @@ def main(settings: DashboardSettings) -> None:
 
 
 def write_page(settings: DashboardSettings) -> Path:
-    """Writes the local page; where to."""
+    """Writes the local page; where to. BadInput where that cannot be, or there is nothing to draw."""
     from train.dashboard_page import page_of, read_logs
 
     outputs = Path(settings.outputs)
     path = outputs / "dashboard.html" if settings.page is None else Path(settings.page)
     runs, extracted = read_logs(outputs, settings.pair, settings.max_points)
-    publish(path, page_of(settings.study, outputs, runs, extracted).encode())
+    page = page_of(settings.study, outputs, path.parent, runs, extracted)
+    try:
+        publish(path, page.encode())
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written ({error.strerror}). Name another file: page=FILE.") from error
     return path
 
 

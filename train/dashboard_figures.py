@@ -31,9 +31,9 @@ def panel_figure(panel: Panel, logs: Sequence[RunLog]) -> Figure:
         traces = [_bins(run, i, *own) for i, run in enumerate(logs) for own in _of(metric, run.histograms)]
         return _figure(f"{panel.title}, last", metric.about, traces, metric.unit, "latents")
     traces = [_curve(run, i, *own) for i, run in enumerate(logs) for own in _of(metric, run.curves)]
-    figure = _figure(panel.title, metric.about, traces, panel.x_title, metric.unit)
+    figure = _figure(panel.title, metric.about, traces, panel.x_title, panel.y_title)
     if panel.is_logarithmic:
-        figure["layout"]["yaxis"] |= {"type": "log", "dtick": "D2"}
+        figure["layout"]["yaxis"] |= {"type": "log", "dtick": "D2", "tickformat": "~g"}
     return figure | {"smooth": True}
 
 
@@ -85,7 +85,7 @@ def owners_figure(table: Path) -> Figure:
         }
         for owner in owners
     ]
-    return _figure("latents by owner", "As the report has them.", traces, "", "latents")
+    return _figure("latents by owner", "As the report has them.", traces, "", "latents") | {"wide": True}
 
 
 def _trace(
@@ -96,12 +96,22 @@ def _trace(
 
 
 def _figure(title: str, about: str, traces: list[Trace], x_title: str, y_title: str) -> Figure:
-    """Several parts get a legend, of grey traces that belong to no run; runs have theirs beside the figures."""
+    """Several parts get a legend, of grey traces that belong to no run; runs have theirs beside the figures. Its traces
+    are smoothed if `smooth`, and shown whatever runs are chosen if `always`; it is as wide as the page if `wide`.
+    """
     parts = list(dict.fromkeys(trace["part"] for trace in traces if trace.get("part")))
     marked = [_marked(trace, parts.index(trace["part"])) if trace.get("part") else trace for trace in traces]
     legend = [_legend_entry(part, number, traces[0]) for number, part in enumerate(parts)] if len(parts) > 1 else []
     layout = {"xaxis": {"title": {"text": x_title}}, "yaxis": {"title": {"text": y_title}}}
-    return {"title": title, "about": about, "data": [*legend, *marked], "layout": layout, "smooth": False}
+    return {
+        "title": title,
+        "about": about,
+        "data": [*legend, *marked],
+        "layout": layout,
+        "smooth": False,
+        "always": False,
+        "wide": False,
+    }
 
 
 def _marked(trace: Trace, number: int) -> Trace:

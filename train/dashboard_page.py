@@ -5,9 +5,11 @@ The page draws a figure when it is scrolled to, with the runs that are chosen; h
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 import jinja2
 from plotly.colors import qualitative
@@ -22,19 +24,21 @@ from train.dashboard_panels import RELATIONS, SECTIONS, panels_of
 MAX_CHOSEN = 12
 COLOURS = [*qualitative.D3, *qualitative.Dark2, *qualitative.Set2]
 REPORT, OWNERS = Path("report/index.html"), Path("report/tables/owners.csv")
+# Sections of what is logged beside the runs, and the folders that hold it.
+BESIDE = {"Tokens": "tokens", "Extraction": "extraction"}
 # Why a section has no figure.
 EMPTY = {
     "Sweep": "Shows runs that differ in a setting or in L0, once two of them were validated.",
-    "Extraction": "There is no extraction/metrics.jsonl here.",
+    **{section: f"There is no {folder}/metrics.jsonl here." for section, folder in BESIDE.items()},
     "Analysis": "There is no report yet: python -m analysis writes it.",
 }
 
 
 def read_logs(outputs: Path, pair: str | None, max_points: int) -> tuple[list[RunLog], list[RunLog]]:
-    """The runs of a pair, or all, sorted by name, and the extraction where there is one. BadInput without either."""
+    """The runs of a pair, or all, sorted by name, and what extraction has logged. BadInput without either."""
     folders = sorted(path for path in (outputs / "runs").glob("*") if path.is_dir())
     chosen = [folder for folder in folders if pair in (None, folder.name.split(",")[0])]
-    extractions = [path.parent for path in outputs.glob("extraction/metrics.jsonl")]
+    extractions = [outputs / name for name in BESIDE.values() if (outputs / name / "metrics.jsonl").is_file()]
     if not chosen and not extractions:
         which = f" of {pair}" if pair else ""
         raise BadInput(
@@ -46,8 +50,8 @@ def read_logs(outputs: Path, pair: str | None, max_points: int) -> tuple[list[Ru
     return runs, extracted
 
 
-def page_of(study: str, outputs: Path, runs: Sequence[RunLog], extracted: Sequence[RunLog]) -> str:
-    """The page as text."""
+def page_of(study: str, outputs: Path, folder: Path, runs: Sequence[RunLog], extracted: Sequence[RunLog]) -> str:
+    """The page as text, to lie in `folder`."""
     newest = sorted(range(len(runs)), key=lambda number: -runs[number].written)[:MAX_CHOSEN]
     rows = [
         {"name": run.name, "state": state_of(run), "colour": COLOURS[i % len(COLOURS)], "chosen": i in newest}
@@ -61,7 +65,7 @@ def page_of(study: str, outputs: Path, runs: Sequence[RunLog], extracted: Sequen
         runs=rows,
         sections=_sections(outputs, runs, extracted),
         notes=notes_on([*runs, *extracted], len(newest), len(runs)),
-        report=REPORT.as_posix() if (outputs / REPORT).is_file() else None,
+        report=quote(os.path.relpath(outputs / REPORT, folder)) if (outputs / REPORT).is_file() else None,
         plotly=get_plotlyjs(),
     )
 
@@ -70,7 +74,7 @@ def _sections(outputs: Path, runs: Sequence[RunLog], extracted: Sequence[RunLog]
     """Sections by name, with their figures that show anything; of the others, why."""
     own = {
         "Sweep": [relation_figure(relation, runs) for relation in RELATIONS],
-        "Extraction": [panel_figure(panel, extracted) for panel in panels_of("Extraction")],
+        **{name: [panel_figure(p, extracted) | {"always": True} for p in panels_of(name)] for name in BESIDE},
         "Analysis": [owners_figure(outputs / OWNERS)],
     }
     sections = list[dict[str, object]]()

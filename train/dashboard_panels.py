@@ -17,6 +17,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Training: held-out tokens": ("val",),
     "Training: speed and memory": ("speed", "memory"),
     SWEEP: (),
+    "Tokens": ("tokens",),
     "Extraction": ("extract",),
     "Analysis": ("analysis",),
 }
@@ -43,7 +44,12 @@ class Panel:
 
     @property
     def x_title(self) -> str:
-        return "finished shards" if self.metric.section == "extract" else "step"
+        return {"tokens": "tokens", "extract": "finished shards"}.get(self.metric.section, "step")
+
+    @property
+    def y_title(self) -> str:
+        """The unit; what it is itself where it has none."""
+        return self.title if self.metric.unit == "1" else self.metric.unit
 
     @property
     def is_logarithmic(self) -> bool:

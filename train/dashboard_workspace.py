@@ -6,6 +6,7 @@ so that saving it again changes it rather than adding another.
 
 from __future__ import annotations
 
+import os
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ def save(settings: TrainSettings) -> str:
     """Save the workspace; its URL. BadInput where there is no login, no network or no such project."""
     import wandb
 
+    os.environ.setdefault("WANDB_SILENT", "true")  # what fails is said in one line
+    _check_reachable(wandb.setup().settings.base_url)
     if not wandb.login(prompt=False, verify=False):
         raise BadInput(f"There is no W&B login: run `wandb login` or set WANDB_API_KEY. {LOCAL}")
-    base_url = wandb.setup().settings.base_url
-    _check_reachable(base_url)
     try:
         return _save(settings)
     except BadInput:
@@ -142,7 +143,7 @@ def _line(panel: Panel, title: str) -> panels.LinePlot:
         y=[name] if is_exact else [],
         metric_regex=None if is_exact else f"^{regex_of(name)}$",
         title_x=panel.x_title,
-        title_y=panel.metric.unit,
+        title_y=panel.y_title,
         log_y=True if panel.is_logarithmic else None,
     )
 

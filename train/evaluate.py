@@ -26,8 +26,9 @@ import hashlib
 import json
 import logging
 import os
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ with one_line_interrupts():
     from extract.devices import choose_device
     from extract.errors import BadInput
     from extract.metrics_file import Metrics, plain
+    from extract.mirror import FAILED, Mirror
     from extract.publish import publish
     from train.checkpoint import Checkpoints
     from train.checks import choice
@@ -48,6 +50,7 @@ with one_line_interrupts():
     from train.data import TrainingData, heldout_batches
     from train.encoder import Operands
     from train.engine import SCALING
+    from train.metric_table import metric_of, units
     from train.metrics import reconstructions, validation_metrics
     from train.pieces import SavedState
     from train.recovered import LossRecovered
@@ -79,15 +82,25 @@ class EvaluateSettings(TrainSettings):
 
 
 class Evaluations:
-    """The lines of `path` that were measured with the same; others are left as they are."""
+    """The lines of `path` that were measured with the same; others are left as they are. Those that are added are also
+    on W&B, in a run that `tracked` opens. A context manager.
+    """
 
-    def __init__(self, path: Path, measured_with: str):
-        self.path, self._measured_with = path, measured_with
+    def __init__(self, path: Path, measured_with: str, tracked: Callable[[], Mirror]):
+        self.path, self._measured_with, self._tracked = path, measured_with, tracked
+        self._mirror: Mirror | None = None
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         if lines and not lines[-1].endswith("\n"):  # cut short by a crash
             publish(path, "".join(lines := lines[:-1]).encode())
         found = [json.loads(line) for line in lines]
         self.steps = {line["step"] for line in found if line["measured_with"] == measured_with}
+
+    def __enter__(self) -> Evaluations:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._mirror is not None:
+            self._mirror.end(0 if kind is None else FAILED)
 
     def add(self, step: int, of: str, values: Metrics) -> None:
         """Append a line, durably."""
@@ -98,6 +111,8 @@ class Evaluations:
             file.flush()
             os.fsync(file.fileno())
         self.steps.add(step)
+        self._mirror = self._mirror or self._tracked()
+        self._mirror.show({"step": step, **{name: value for name, value in values.items() if metric_of(name)}})
 
 
 def evaluate(settings: EvaluateSettings, folder: Path) -> Path:
@@ -106,11 +121,13 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> Path:
     Raises BadInput for data or models that cannot be used, a run without such states, and states of other settings.
     """
     world = World.alone(choose_device(settings.training.device, "training.device"))
-    with closing(open_data(settings, world)) as data:
+    with ExitStack() as opened:
+        data = opened.enter_context(closing(open_data(settings, world)))
         checkpoints = checkpoints_of(settings, folder, data, world)
         states, tried = states_of(settings, folder, checkpoints), set[int]()
         recovered = LossRecovered(settings, data, settings.recovered_tokens) if settings.recovered_tokens else None
-        lines = Evaluations(folder / FILE, _measured_with(settings, checkpoints))
+        measured_with = _measured_with(settings, checkpoints)
+        lines = opened.enter_context(Evaluations(folder / FILE, measured_with, lambda: tracked(settings, folder)))
         while (step := next((step for step in states if step not in lines.steps | tried), None)) is not None:
             tried.add(step)
             crosscoder = _load(states[step], settings, data, checkpoints)
@@ -121,6 +138,13 @@ def evaluate(settings: EvaluateSettings, folder: Path) -> Path:
             if settings.steps == "all":
                 states = _found(settings, folder, checkpoints)
     return lines.path
+
+
+def tracked(settings: EvaluateSettings, folder: Path) -> Mirror:
+    """The W&B run of all evaluations of the run in `folder`."""
+    facts = asdict(settings) | {"units": units("val")}
+    name = f"{folder.name} evaluation"
+    return Mirror(settings.tracking, folder / "evaluation", name, "evaluate", settings.study, facts)
 
 
 def states_of(settings: EvaluateSettings, folder: Path, checkpoints: Checkpoints) -> dict[int, Path]:

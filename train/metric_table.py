@@ -117,7 +117,11 @@ METRICS = (
         HISTOGRAM,
         VALIDATION,
     ),
-    Metric("speed/tokens_per_second", "tokens/s", "Tokens trained on, all ranks together, since the last line."),
+    Metric(
+        "speed/tokens_per_second",
+        "tokens/s",
+        "Tokens trained on, all ranks together, since the last line; without validation.",
+    ),
     Metric("speed/data_wait", "share", "Share of that time in which the step waited for data."),
     Metric(
         "speed/roofline",
@@ -133,6 +137,9 @@ METRICS = (
         "Most GPU memory that rank 0's tensors took since the start, in 10^9 bytes; on a GPU.",
         conditional=True,
     ),
+    Metric("tokens/tokens", "tokens", "Tokens of the corpus that were made; the step of these lines."),
+    Metric("tokens/documents", "documents", "Documents that they are of."),
+    Metric("tokens/tokens_per_second", "tokens/s", "Tokens made a second since the last line."),
     Metric("extract/tokens", "tokens", "Tokens of finished shards, all models and hookpoints together."),
     Metric("extract/shards", "shards", "Finished shards, all models and hookpoints together; the step of these lines."),
     Metric("extract/tokens_per_second", "tokens/s", "Tokens finished in the last ten minutes, all workers together."),

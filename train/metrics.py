@@ -150,6 +150,10 @@ class Throughput:
 
     def __init__(self, roofline: Callable[[float, int], float] | None = None) -> None:
         self._roofline = roofline
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew: the time since the last reading was not spent on training."""
         self._start, self._tokens, self._waited = time.perf_counter(), 0, 0.0
 
     def count(self, tokens: int, waited: float) -> None:
@@ -163,7 +167,7 @@ class Throughput:
         values = {"speed/tokens_per_second": speed, "speed/data_wait": self._waited / seconds}
         if self._roofline is not None:
             values["speed/roofline"] = self._roofline(speed, num_dead)
-        self._start, self._tokens, self._waited = time.perf_counter(), 0, 0.0
+        self.restart()
         return values
 
 

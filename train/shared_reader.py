@@ -120,7 +120,7 @@ def _ends(members: list[Member], opened: ExitStack) -> list[socket.socket | None
         for member in members:
             log.info("%s reads the store for itself: %s", member.name, reason)
         return [None] * len(members)
-    log.info("One process reads the store for %s", ", ".join(member.name for member in members))
+    log.info("One process reads the store for %d members", len(members))
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in members]
     opened.enter_context(_reader(members[0].overrides, [own for own, _ in pairs]))
     return [end for _, end in pairs]
@@ -177,7 +177,7 @@ def _start(member: Member, end: socket.socket | None, own: dict[str, str]) -> su
         )
     if end is not None:
         end.close()
-    log.info("%s runs as process %d; what it says is in %s", member.name, process.pid, member.folder / LOG_FILE)
+    log.info("%s runs as process %d and writes %s", member.name, process.pid, member.folder / LOG_FILE)
     return process
 
 

@@ -114,6 +114,8 @@ def run_sweep(config: DictConfig, job_overrides: Sequence[Sequence[str]], runner
         _exit(EXIT_STOPPED, f"Stopped with {len(failed)} of {len(members)} members to do; the same command continues.")
     if failed and not is_search(config):
         _exit(EXIT_FAILED, summary(members, failed))
+    if not failed:
+        log.info("All %d members are finished; `python -m analysis.sweep` compares the runs of a study", len(members))
     return [_returned(member, member in failed) for member in members]
 
 
@@ -192,7 +194,7 @@ def is_finished(settings: TrainSettings, folder: Path) -> bool:
     stores = [settings.tokens_folder, *(settings.activations_folder(place.model, place.hookpoint) for place in places)]
     if settings.data.mode == "stored" and all((store / "manifest.json").exists() for store in stores):
         wanted["data"] = [Manifest.read(store).content_sha256() for store in stores]
-    return all(trained_with.get(name) == value for name, value in wanted.items())
+    return not trained_with or all(trained_with.get(name) == value for name, value in wanted.items())
 
 
 def objective(folder: Path) -> float | None:

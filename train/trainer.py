@@ -157,11 +157,11 @@ def fit(run: Run) -> bool:
             throughput.count(num_tokens, waited)
             progress.update(num_tokens)
             if logged:
-                metrics: Metrics = {**measured}
+                metrics: Metrics = {**measured, **throughput.read(int(measured["train/dead"]))}
                 if due(done, training.validate_every) or last:
                     metrics |= _validate(run, metrics, last)
-                metrics |= throughput.read(int(measured["train/dead"])) | memory_metrics(run.world.device)
-                run.tracker.log(done, metrics)
+                    throughput.restart()
+                run.tracker.log(done, metrics | memory_metrics(run.world.device))
                 progress.set_postfix(loss=f"{measured['train/loss']:.4g}")
             if last or due(done, training.checkpoint_every):
                 _save(run)

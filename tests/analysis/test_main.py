@@ -78,6 +78,25 @@ def test_without_a_crosscoder(study: list[str]) -> None:
     assert not (Path(settings.outputs) / "analysis").exists()
 
 
+def test_a_job_that_is_requeued_without_a_finished_step_in_between_is_refused(
+    study: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = compose(AnalysisSettings, [*study, *TRAINING, "max_restarts_without_progress=0"])
+    step = Path(settings.outputs) / "analysis" / "base_tuned" / "latents.json"
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+
+    def start(restart: int, message: str) -> None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        with pytest.raises(BadInput, match=message):
+            main(settings)
+
+    start(0, "manifest.json is missing")
+    step.parent.mkdir(parents=True)
+    step.write_text("{}")
+    start(1, "manifest.json is missing")
+    start(2, "Job 5 began 1 times at 1 finished steps of the analysis .*max_restarts_without_progress=0")
+
+
 def test_the_report_covers_the_finished_pairs_of_the_same_overrides(tmp_path: Path) -> None:
     for name in ("a_b", "a_c,seed=1", "b_c", "a_b,seed=1"):
         (tmp_path / name).mkdir()

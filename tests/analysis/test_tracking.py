@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from made_study import make_study
 
+from analysis.annotate import annotate
 from analysis.report import report
+from analysis.taxonomy import categorise
 from analysis.tracking import latents_by_owner, track
+from tests.analysis.made_study import make_study
 from tests.wandb_files import isolate, offline_parts
 from train.metric_table import METRICS, NUMBER
 
@@ -24,7 +26,8 @@ def test_an_analysis_is_a_run_with_tables_and_the_report(tmp_path: Path, monkeyp
     isolate(monkeypatch, tmp_path)
     settings, folders = make_study(tmp_path / "study")
     for folder in folders:
-        (folder / "classes.csv").write_text("class,base,tuned\nstyle,1,2\n")
+        annotate(settings, folder)
+        categorise(settings, folder)
     settings.tracking.mode = "offline"
     settings.tracking.start_timeout_s = settings.tracking.end_timeout_s = 300.0
     target = report(settings, folders).parent
@@ -32,7 +35,8 @@ def test_an_analysis_is_a_run_with_tables_and_the_report(tmp_path: Path, monkeyp
     track(settings, folders, target)
     first, second = offline_parts(target)
     assert first.run_id == second.run_id and first.run["job_type"] == "analysis" and first.exit_code == 0
-    (row,) = first.history
+    (row,), (again,) = first.history, second.history
+    assert (row["_step"], again["_step"]) == (0, 1)
     shown = {name.removesuffix("._type") for name in row if name.endswith("._type")}
     numbers = {name for name in row if name.startswith("analysis/latents/")}
     assert shown == {"analysis/owners", "analysis/report"} | {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,15 @@ from extract.activations import extract
 from extract.claims import Claims
 from extract.command import compose
 from extract.config import ExtractSettings
-from extract.progress import ProgressLog, metrics_of
+from extract.progress import ProgressLog, TokensLog, metrics_of
 from extract.status import Progress
 from extract.tokens import make_tokens
 from tests.wandb_files import isolate, offline_parts
 from train.metric_table import METRICS, metric_of
 
 
-def lines_of(settings: ExtractSettings) -> list[dict]:
-    path = Path(settings.outputs) / "extraction" / "metrics.jsonl"
+def lines_of(settings: ExtractSettings, name: str = "extraction") -> list[dict]:
+    path = Path(settings.outputs) / name / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -53,6 +54,39 @@ def test_extraction_logs_from_the_first_to_the_last_shard(study: list[str]):
     assert names == {metric for metric in METRICS if metric.section == "extract"}
     extract(settings)  # nothing is missing, and nothing is logged again
     assert lines_of(settings) == lines and not list(settings.claims_folder.rglob("*.claim"))
+
+
+def test_making_tokens_is_logged_document_by_document(study: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("extract.progress.EVERY_S", 0.0)
+    settings = compose(ExtractSettings, study)
+    tokens = make_tokens(settings)
+    lines = lines_of(settings, "tokens")
+    lengths = [len(tokens.document(i).token_ids) for i in range(tokens.num_documents)]
+    assert [line["step"] for line in lines] == [line["tokens/tokens"] for line in lines] == [*accumulate(lengths)]
+    assert [line["tokens/documents"] for line in lines] == [*range(1, tokens.num_documents + 1)]
+    assert {metric_of(name) for name in lines[0].keys() - {"step"}} == {m for m in METRICS if m.section == "tokens"}
+    make_tokens(settings)
+    assert lines_of(settings, "tokens") == lines, "nothing was made"
+
+
+def test_tokens_of_a_shard_that_was_lost_are_logged_again(study: list[str]):
+    """A first process died at 30 tokens, of which 20 were in finished shards."""
+    settings = compose(ExtractSettings, study)
+    with TokensLog(settings, 0) as log:
+        for count in (1, 2, 3):
+            log.finished(count, 10 * count)
+    with TokensLog(settings, 20) as log:
+        log.finished(2, 20)
+        log.finished(3, 35)
+    assert [line["step"] for line in lines_of(settings, "tokens")] == [10, 20, 35]
+
+
+def test_a_log_that_cannot_be_written_is_a_warning(study: list[str], caplog: pytest.LogCaptureFixture):
+    settings = compose(ExtractSettings, study)
+    Path(settings.outputs).mkdir(exist_ok=True)
+    (Path(settings.outputs) / "tokens").write_text("a file where the folder should be")
+    make_tokens(settings)
+    assert "The progress of making tokens cannot be logged" in caplog.text
 
 
 def test_one_worker_at_a_time_keeps_the_log(study: list[str]):

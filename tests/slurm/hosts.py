@@ -50,13 +50,13 @@ class Network:
     def up(cls, folder: Path, num_nodes: int, environment: dict[str, str]) -> Network:
         names = [CONTROLLER, *(f"node{i + 1}" for i in range(num_nodes))]
         addresses = {name: f"10.77.0.{i + 1}" for i, name in enumerate(names)}
-        hosts_file = folder / "hosts"
-        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
-        hosts_file.write_text("\n".join(lines) + "\n")
         network = cls([], _held(["--net"], "echo ready && exec sleep infinity", environment))
         network._ip("link", "add", "bridge", "type", "bridge")
         network._ip("link", "set", "bridge", "up")
         for name, address in addresses.items():
+            known = {"localhost": "127.0.0.1", **addresses, name: "127.0.1.1"}  # its own as Debian has it
+            hosts_file = folder / f"hosts.{name}"
+            hosts_file.write_text("".join(f"{address} {name}\n" for name, address in known.items()))
             network._add(name, address, HOLD.format(name=name, hosts=hosts_file), environment)
         return network
 

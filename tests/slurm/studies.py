@@ -1,6 +1,7 @@
 """What a user has on a cluster: a checkout with an experiment and a site file of their own, and a study that is small.
 
-The study has three random models of four blocks and 48 documents; every job of it takes seconds.
+The study has the demo's three models, of which the first six blocks are run, and 48 documents; every job of it takes
+seconds.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import tiny
+from demo.base_model import prepare_base_model
 from tests.slurm.cluster import LOOK_S, ROOT, Cluster
 
 PARTS = ("analysis", "configs", "extract", "hydra_plugins", "slurm", "train")
-MODELS = ("base", "tuned", "third")
+ADAPTERS = ROOT / "demo" / "adapters"
 EXPERIMENT = """\
 # @package _global_
 study: small
-hookpoint: block1
+hookpoint: block5
 models:
-  base: {{id: "{models}/base"}}
-  tuned: {{id: "{models}/tuned"}}
-  third: {{id: "{models}/third"}}
+  base: {{id: "{model}", d_model: 576}}
+  tuned: {{id: "{model}", adapter: "{adapters}/simpo", d_model: 576}}
+  third: {{id: "{model}", adapter: "{adapters}/dpo", d_model: 576}}
 pairs:
   base_tuned: [base, tuned]
   base_third: [base, third]
@@ -57,13 +58,11 @@ class Checkout:
         for name in PARTS:
             if (ROOT / name).exists():
                 shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "site.sh"))
-        models, corpus = folder / "models", folder / "corpus.jsonl"
-        for seed, name in enumerate(MODELS):
-            tiny.save_model(models / name, seed)
+        model, corpus = prepare_base_model(folder), folder / "corpus.jsonl"
         corpus.write_text("".join(json.dumps(record) + "\n" for record in map(_document, range(48))))
         experiments = folder / "configs" / "experiment"
         (experiments / "small.yaml").write_text(
-            EXPERIMENT.format(models=models, corpus=corpus, num_tokens=64 * NUM_STEPS)
+            EXPERIMENT.format(model=model, adapters=ADAPTERS, corpus=corpus, num_tokens=64 * NUM_STEPS)
         )
         (experiments / "small").mkdir()
         for pair in ("base_tuned", "base_third"):

@@ -32,6 +32,19 @@ def test_what_slurm_does_not_know_is_refused_before_anything_is_submitted(
     assert cluster.must("squeue", "--noheader") == ""
 
 
+def test_a_study_whose_jobs_have_not_ended_is_not_submitted_again(cluster: Cluster, studied: Studied) -> None:
+    first = pipeline(cluster, studied, SBATCH_ARGS="--hold")
+    assert first.returncode == 0, first.stdout
+    queue = cluster.must("squeue", "--noheader", "--format=%F %j")
+    again = pipeline(cluster, studied)
+    assert again.returncode == 2
+    tokens = queue.splitlines()[-1].split()[0]
+    assert_one_error(again.stdout, f"tokens {tokens} PENDING", "train_base_third", "scancel ")
+    assert cluster.must("squeue", "--noheader", "--format=%F %j") == queue
+    cluster.must("scancel", *again.stdout.partition("scancel ")[2].splitlines()[0].split())
+    assert cluster.must("squeue", "--noheader") == ""
+
+
 def test_memory_that_does_not_suffice_is_said_before_anything_is_submitted(cluster: Cluster, studied: Studied) -> None:
     settings = ["training.device=auto", "crosscoder.num_latents=2_000_000_000"]
     done = pipeline(cluster, studied, *settings, GPU="h100", GPUS_PER_NODE="2")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import ROOT, Cluster
+from tests.slurm.conftest import started
 from tests.slurm.guard import marked
 
 OWNER = """
@@ -22,6 +24,18 @@ with Cluster.up() as cluster:
     print(cluster.plan.folder, flush=True)
     sys.stdin.read()
 """
+
+
+@pytest.fixture
+def plain() -> Iterator[Cluster]:
+    """The smallest there is, up in two seconds: the only one that tests need which are not slow."""
+    yield from started(2, accounting=False, namespaces=False, lost_after_s=60)
+
+
+def test_a_job_runs_on_two_nodes(plain: Cluster, tmp_path: Path) -> None:
+    job = plain.sbatch("--nodes=2", f"--output={tmp_path}/log", "--wrap=srun printenv SLURMD_NODENAME")
+    assert plain.wait(job, timeout=60) == "COMPLETED"
+    assert sorted(plain.log(job).split()) == ["node1", "node2"]
 
 
 @pytest.mark.slow

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.studies import NUM_STEPS, Checkout, Studied, steps_of, until
+from tests.wandb_files import offline_parts, promised
 from train.crosscoder import Crosscoder
+from train.metric_table import EVERY, VALIDATION
+from train.stops import EXIT_STOPPED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STAGES = ["tokens", "extract", "train_base_tuned", "train_base_third", "analysis"]
@@ -50,7 +54,7 @@ def test_a_training_told_to_save_is_requeued_and_ends_with_the_same_bits(cluster
     differently, so weights are equal bit for bit.
     """
     checkout = studied.checkout
-    job = checkout.train(cluster, "interrupted", "--nodes=2")
+    job = checkout.train(cluster, "interrupted", "--nodes=2", WANDB_MODE="offline")
     run = checkout.run("interrupted")
     until(cluster, job, lambda: len(steps_of(run)) >= 20)
     cluster.must("scancel", "--batch", "--signal=USR1", job)
@@ -66,6 +70,20 @@ def test_a_training_told_to_save_is_requeued_and_ends_with_the_same_bits(cluster
         ours, theirs = (folder / "crosscoder" / file for folder in (run, checkout.run()))
         assert ours.read_bytes() == theirs.read_bytes()
     assert load_file(ours.with_name("crosscoder.safetensors"))["W_dec"].abs().sum() > 0
+    assert_one_wandb_run(run, job)
+
+
+def assert_one_wandb_run(run: Path, job: str) -> None:
+    """What W&B has of a requeued job: two parts of one run, every step once, with all that training promises."""
+    parts = offline_parts(run)
+    assert len(parts) == 2 and len({part.run_id for part in parts}) == 1
+    assert [part.exit_code for part in parts] == [EXIT_STOPPED, 0] and parts[0].preempting
+    rows = [row for part in parts for row in part.history]
+    assert [row["step"] for row in rows] == [row["_step"] for row in rows] == list(range(1, NUM_STEPS + 1))
+    assert all(promised(EVERY, row) for row in rows)
+    assert [row["step"] for row in rows if promised(VALIDATION, row)] == [100, 200, 300, 400]
+    assert [part.config["slurm"]["job_id"] for part in parts] == [job, job]
+    assert [part.config["slurm"].get("restart_count", "0") for part in parts] == ["0", "1"]
 
 
 def test_a_cancelled_extraction_is_completed_by_a_rerun_with_the_same_bytes(cluster: Cluster, studied: Studied) -> None:

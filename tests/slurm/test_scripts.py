@@ -60,7 +60,14 @@ def test_every_script_is_sound(path):
 
 
 def test_there_is_a_script_for_every_job():
-    assert {path.stem for path in SCRIPTS} == {"common", "pipeline", "site.example", "sweep_members", *SUBMITTED}
+    assert {path.stem for path in SCRIPTS} == {
+        "common",
+        "ending",
+        "pipeline",
+        "site.example",
+        "sweep_members",
+        *SUBMITTED,
+    }
 
 
 @pytest.mark.parametrize("name", SUBMITTED)
@@ -97,6 +104,8 @@ def test_several_ranks_find_each_other_and_divide_the_latents(environment):
     assert ranks == [(str(rank), str(rank), "experiment=gemma2_9b/pt_it engine=latent") for rank in range(3)]
     done = script("train_pt_it", environment, "engine=fsdp", RANKS_PER_NODE="2")
     assert done.stdout.count("experiment=gemma2_9b/pt_it engine=fsdp\n") == 2 and "latent" not in done.stdout
+    done = script("train_pt_it", environment, "engine.timeout_s=20", RANKS_PER_NODE="2")
+    assert done.stdout.count("experiment=gemma2_9b/pt_it engine.timeout_s=20 engine=latent\n") == 2
 
 
 def test_workers_do_not_meet(environment):
@@ -201,3 +210,18 @@ def test_a_pipeline_without_slurm_says_what_to_do_instead(environment, tmp_path)
         (tools / name).symlink_to(shutil.which(name) or name)
     done = script("pipeline", environment, PATH=str(tools))
     assert done.returncode == 2 and "error: there is no sbatch here" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        (
+            "--nodes=2",
+            "error: --nodes=2 is no setting. Options of sbatch come first: sbatch --nodes=2 slurm/train_pt_it.sh",
+        ),
+        ("gemma2_9b", "error: gemma2_9b is no setting. Settings are KEY=VALUE"),
+    ],
+)
+def test_what_is_no_setting_is_refused(argument, said, environment):
+    done = script("train_pt_it", environment, argument)
+    assert done.returncode == 2 and said in done.stdout and "rank" not in done.stdout

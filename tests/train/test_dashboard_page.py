@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from extract.command import compose
 from extract.errors import BadInput
 from train.dashboard import DashboardSettings, write_page
 from train.dashboard_curves import points_each, read_run, thinned
-from train.dashboard_page import MAX_CHOSEN
+from train.dashboard_page import COLOURS, MAX_CHOSEN
 from train.metric_table import HISTOGRAM, METRICS, NUMBER
 
 
@@ -73,11 +75,14 @@ def test_curves_of_several_runs_side_by_side(tmp_path: Path):
 
 
 def test_every_number_and_histogram_of_a_command_has_a_figure(tmp_path: Path):
-    """Of extraction too, from its own file."""
+    """Of tokens and extraction too, from their own files."""
     names = [(re.sub(r"<\w+>", "m", metric.name), metric.kind) for metric in METRICS if metric.section != "analysis"]
     line = {name: {"edges": [0, 1, 2], "counts": [3, 4]} if kind == HISTOGRAM else 1.0 for name, kind in names}
-    log_lines(tmp_path / "runs" / "base_simpo", [{"step": 1, **{k: v for k, v in line.items() if k[:7] != "extract"}}])
-    log_lines(tmp_path / "extraction", [{"step": 1, **{k: v for k, v in line.items() if k[:7] == "extract"}}])
+    places = {"tokens": tmp_path / "tokens", "extract": tmp_path / "extraction"}
+    for section in {name.partition("/")[0] for name in line} & places.keys():
+        own = {name: line.pop(name) for name in [*line] if name.startswith(f"{section}/")}
+        log_lines(places[section], [{"step": 1, **own}])
+    log_lines(tmp_path / "runs" / "base_simpo", [{"step": 1, **line}])
     drawn = {key: figure for key, figure in figures_in(written(tmp_path)).items() if not key.startswith("Sweep")}
     assert len(drawn) == len(names) and all(kind in (NUMBER, HISTOGRAM) for _, kind in names)
     for figure in drawn.values():
@@ -107,6 +112,8 @@ def test_owners_come_from_the_report(tmp_path: Path):
         ("base", ["base_simpo"], [3]),
         ("shared", ["base_simpo"], [4]),
     ]
+    (tmp_path / "report" / "index.html").write_text("the report")
+    assert '<a href="../report/index.html">' in written(tmp_path, f"page={tmp_path / 'a folder' / 'page.html'}")
 
 
 def test_damaged_lines_are_left_out_and_counted_but_for_one_being_written(tmp_path: Path):
@@ -171,6 +178,47 @@ def test_names_are_text_and_nothing_is_loaded(tmp_path: Path):
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", own) and "default-src 'none'" in start
 
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Run behind the page's own scripts: what is drawn at first, without the first run, and smoothed, as text in the page.
+LOOKING = """<script>
+const drawn = () => plots.map(plot => (plot.data ?? []).filter(trace => trace.run !== undefined)
+  .map(trace => [trace.run, trace.opacity ?? 1, trace.y, trace.line.color]));
+setTimeout(() => {
+  const found = { first: drawn() };
+  find.value = "k=7"; find.dispatchEvent(new Event("input"));
+  document.getElementById("none").click();
+  found.without = drawn();
+  smoothing.value = "0.5"; smoothing.dispatchEvent(new Event("input"));
+  found.smoothed = drawn();
+  const out = document.createElement("pre");
+  out.id = "found"; out.textContent = JSON.stringify(found); document.body.append(out);
+}, 1500);
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_in_a_browser_runs_are_chosen_and_curves_smoothed(tmp_path: Path):
+    """Under the page's own policy. Smoothing by 1/2: 4, then (2 * 1/2 + 4 * 1/4) / (3/4) = 8/3."""
+    log_lines(tmp_path / "runs" / "base_simpo", [{"step": 1, "train/l0": 4.0}, {"step": 2, "train/l0": 2.0}])
+    log_lines(tmp_path / "runs" / "base_simpo,k=7", [{"step": 1, "train/l0": 7.0}])
+    log_lines(tmp_path / "extraction", [{"step": 1, "extract/shards": 1}])
+    page = tmp_path / "looked_at.html"
+    page.write_text(written(tmp_path).replace("</body>", LOOKING))
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
+    command = [BROWSER, *options, "--window-size=1500,3000", "--virtual-time-budget=20000", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    text = re.search(r'<pre id="found">(.*)</pre>', done.stdout)
+    assert text is not None, done.stderr
+    found = json.loads(text[1])
+    first, second, extraction = [0, 1, [4, 2], COLOURS[0]], [1, 1, [7], COLOURS[1]], [0, 1, [1], COLOURS[0]]
+    assert found["first"] == [[first, second], [extraction]]
+    assert found["without"] == [[first], [extraction]], "only what was found is left out; extraction is of no run"
+    (raw, (_, _, (start, end), _)), (shards,) = found["smoothed"]
+    assert raw == [0, 0.25, [4, 2], COLOURS[0]] and shards == extraction
+    assert (start, end) == (4, pytest.approx(8 / 3))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -183,3 +231,9 @@ def test_names_are_text_and_nothing_is_loaded(tmp_path: Path):
 def test_bad_input(tmp_path: Path, arguments: list[str], message: str):
     with pytest.raises(BadInput, match=re.escape(message)):
         write_page(compose(DashboardSettings, ["experiment=demo", f"outputs={tmp_path}", *arguments]))
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path: Path):
+    log_lines(tmp_path / "runs" / "base_simpo", [])
+    with pytest.raises(BadInput, match=r"metrics.jsonl/a.html cannot be written \(.*page=FILE"):
+        written(tmp_path, f"page={tmp_path / 'runs' / 'base_simpo' / 'metrics.jsonl' / 'a.html'}")

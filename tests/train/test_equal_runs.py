@@ -11,6 +11,7 @@ from equal import NUM_TOKENS, batches, copied, engine_of, part
 from equal_cases import MATRIX, OTHERS, TWO_COPIES
 from pool import pool_of
 
+from extract.metrics_file import Histogram
 from train.crosscoder import Crosscoder
 from train.pieces import SavedState
 
@@ -60,7 +61,18 @@ def test_validation_is_the_same(case):
     found = pool_of(case.num_ranks).run(validated, case)
     assert all(rank == found[0] for rank in found)
     for metrics, wanted in zip(found[0], expected, strict=True):
-        assert metrics == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+        check_metrics(metrics, wanted)
+
+
+def check_metrics(found, wanted):
+    """Equal but for rounding, which may bring one latent into the next bin of a histogram."""
+    numbers = {name: value for name, value in wanted.items() if not isinstance(value, Histogram)}
+    assert found.keys() == wanted.keys() and {name: found[name] for name in numbers} == pytest.approx(
+        numbers, rel=1e-4, abs=1e-4
+    )
+    for name in wanted.keys() - numbers.keys():
+        assert found[name].edges == wanted[name].edges and sum(found[name].counts) == sum(wanted[name].counts)
+        assert sum(abs(a - b) for a, b in zip(found[name].counts, wanted[name].counts, strict=True)) <= 2
 
 
 def met_a_bad_batch(world, case, bad):

@@ -15,6 +15,7 @@ from extract.activations import extract
 from extract.command import compose
 from extract.errors import BadInput
 from extract.tokens import make_tokens
+from tests.wandb_files import isolate, offline_parts
 from train import evaluate as command
 from train import spliced
 from train.crosscoder import Crosscoder
@@ -95,6 +96,21 @@ def test_it_continues_after_a_line_that_was_cut_short(study, run):
     (run / FILE).write_text(whole[: whole.index("\n") + 30])
     evaluate(settings, run)
     assert (run / FILE).read_text() == whole
+
+
+@pytest.mark.slow
+def test_all_evaluations_are_one_run_on_wandb(study, run, tmp_path, monkeypatch):
+    """In the order in which states were measured: the newest, by a first command, then the others, by a second."""
+    isolate(monkeypatch, tmp_path)
+    limits = ["tracking.start_timeout_s=300", "tracking.end_timeout_s=300"]
+    for steps in ("last", "all", "all"):
+        evaluate(settings_of(study, "tracking.mode=offline", f"steps={steps}", *limits), run)
+    first, second = offline_parts(run / "evaluation")
+    assert first.run_id == second.run_id and (first.exit_code, second.exit_code) == (0, 0)
+    assert (first.run["job_type"], first.run["display_name"]) == ("evaluate", "run evaluation")
+    rows = [*first.history, *second.history]
+    assert [row["step"] for row in rows] == [50, 20, 40] and [row["_step"] for row in rows] == [0, 1, 2]
+    assert all("val/loss_recovered/tuned" in row and "val/firing_frequency.values" in row for row in rows)
 
 
 def test_states_may_come_and_go_meanwhile(study, run, tmp_path, monkeypatch):

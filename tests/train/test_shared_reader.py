@@ -204,7 +204,7 @@ def log_pid(process, member):
     """The process that the sweep says a member is."""
     for line in process.stderr:
         if line.startswith(f"{member.name} runs as process "):
-            return line.split("process ")[1].split(";")[0]
+            return line.split("process ")[1].split(" and ")[0]
     raise AssertionError("the sweep does not say it")
 
 

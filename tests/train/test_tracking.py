@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
-from planted import random_store, settings_of, train_arguments
+from planted import random_store, settings_of
 
-from tests.wandb_files import isolate, offline_parts
+from extract.mirror import TrackingConfig
+from tests.wandb_files import isolate, offline_parts, promised
 from tests.wandb_stub import StubServer
-from train.metric_table import EVERY, METRICS, VALIDATION
+from train.metric_table import EVERY, VALIDATION
 from train.stops import EXIT_STOPPED
 from train.tracking import Tracker, manifests_of
 from train.trainer import train
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +26,6 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_manifests_are_named():
     assert manifests_of(["base", "tuned"], ["1", "2", "3"]) == {"tokens": "1", "base": "2", "tuned": "3"}
-
-
-def promised(when: str, row: dict) -> bool:
-    """Whether a row has every metric of the table that training promises without conditions, and in W&B's names."""
-    names = {name.removesuffix(".values") for name in row}
-    wanted = [m for m in METRICS if m.section in ("train", "val", "speed", "memory") and not m.conditional]
-    return all(any(metric.matches(name) for name in names) for metric in wanted if metric.when == when)
 
 
 @pytest.mark.slow
@@ -75,24 +64,27 @@ def test_a_run_that_was_stopped_is_one_run_with_every_step(tmp_path: Path, monke
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_mid_run_ends_no_run(tmp_path: Path):
-    """The server dies when it has the first steps; what follows is in metrics.jsonl, and the crosscoder is there."""
+def test_a_server_that_dies_mid_run_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """It dies after step 10, with the first steps; what follows is in metrics.jsonl, and the crosscoder is there."""
     random_store(tmp_path / "store")
-    arguments = [a for a in train_arguments(tmp_path, 32 * 6000) if not a.startswith("tracking.")]
+    settings = settings_of(tmp_path)
+    settings.tracking = TrackingConfig(mode="online", start_timeout_s=200.0, end_timeout_s=2.0)
+    log = Tracker.log
     with StubServer() as server:
-        arguments += ["tracking.end_timeout_s=2", "tracking.start_timeout_s=200", "training.log_every=10"]
-        environment = {**os.environ, **server.environment}
-        threading.Thread(target=_killer, args=(server,), daemon=True).start()
-        command = [sys.executable, *arguments, "training.checkpoint_every=0"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=1200)
-        assert server.is_dead
-    assert done.returncode == 0, done.stderr
-    assert "Not all was uploaded within 2 s" in done.stderr and "wandb sync" in done.stderr
-    (run,) = tmp_path.glob("runs/*")
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 600
-    assert (run / "crosscoder" / "config.json").exists()
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
 
+        def killing(tracker: Tracker, step: int, metrics: dict) -> None:
+            log(tracker, step, metrics)
+            if step == 10:
+                server.wait(lambda: any(run.lines for run in server.runs.values()), 200)
+                server.kill()
 
-def _killer(server: StubServer) -> None:
-    server.wait(lambda: any(run.lines for run in server.runs.values()), 1200)
-    server.kill()
+        monkeypatch.setattr(Tracker, "log", killing)
+        crosscoder = train(settings, tmp_path / "run")
+    said = capfd.readouterr().err
+    assert "Not all was uploaded within 2 s" in said and "wandb sync" in said
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 24
+    assert (crosscoder / "config.json").exists()
