@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from extract.interrupts import one_line_interrupts
 
@@ -80,7 +81,7 @@ def _raw(row: Row, settings: list[str], models: list[str]) -> list[tables.Value]
 
 
 def _printed(row: Row, settings: list[str], models: list[str]) -> list[str]:
-    values = [str(row.settings.get(name)) for name in settings]
+    values = [_text(row.settings.get(name)) for name in settings]
     cells = [row.pair, *values, tables.number(row.l0, 1), tables.number(row.mean_explained, 3)]
     for model in models:
         cells.append(tables.number(row.variance_explained.get(model, math.nan), 3))
@@ -93,8 +94,9 @@ def _known(value: float) -> float | None:
 
 
 def figure_of(rows: list[Row]) -> Figure:
-    """Variance explained against L0 and, where it varies, against the layer; latents of one model against L0. A line
-    joins the finished runs that differ in k alone, or in the layer alone.
+    """Variance explained against L0 and, where it varies, against the layer; latents of one model against L0: those of
+    analysed runs, or where no run is, hollow, the candidates by decoder norms. A line joins the finished runs that
+    differ in k alone, or in the layer alone.
     """
     finished = [row for row in rows if row.is_finished]
     layers = sorted({row.settings[LAYER] for row in finished}, key=block_order)
@@ -103,45 +105,51 @@ def figure_of(rows: list[Row]) -> Figure:
         panels = list(figure.subplots(1, 3 if len(layers) > 1 else 2))
         _lines(panels[0], finished, K, lambda row: row.l0, lambda row: row.mean_explained)
         panels[0].set(title="Variance explained (held-out)", xlabel="L0")
-        _lines(panels[-1], finished, K, lambda row: row.l0, lambda row: row.num_own, lambda row: bool(row.own))
-        analysed = sum(bool(row.own) for row in finished)
-        panels[-1].set(title="Latents of one model", xlabel=f"L0   (filled: analysed, {analysed} of {len(finished)})")
-        panels[-1].yaxis.set_major_locator(MaxNLocator(integer=True))
         if len(layers) > 1:
             place = {layer: number for number, layer in enumerate(layers)}
             _lines(panels[1], finished, LAYER, lambda row: place[row.settings[LAYER]], lambda row: row.mean_explained)
             panels[1].set(title="Variance explained (held-out)", xlabel="layer")
             panels[1].set_xticks(range(len(layers)), layers)
         for axes in panels[:-1]:
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend()
+            if labels := axes.get_legend_handles_labels()[1]:
+                axes.legend(handlelength=1, fontsize=7 if len(labels) < 6 else 5)
+        _own_latents(panels[-1], finished)
         return figure
 
 
+def _own_latents(axes: Axes, rows: list[Row]) -> None:
+    num_analysed = sum(bool(row.own) for row in rows)
+    if num_analysed:
+        _lines(axes, rows, K, lambda row: row.l0, lambda row: row.num_own)
+    else:
+        _lines(axes, rows, K, lambda row: row.l0, lambda row: row.num_own_by_norms, hollow=True)
+    counted = f"{num_analysed} of {len(rows)} analysed" if num_analysed else "candidates by norms, none analysed"
+    axes.set(title="Latents of one model", xlabel=f"L0   ({counted})")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def _lines(
-    axes: Axes,
-    rows: list[Row],
-    along: str,
-    x: Callable[[Row], float],
-    y: Callable[[Row], float],
-    is_filled: Callable[[Row], bool] = lambda row: True,
+    axes: Axes, rows: list[Row], along: str, x: Callable[[Row], float], y: Callable[[Row], float], hollow: bool = False
 ) -> None:
     """A line for each group of runs that agree in all settings but `along`, named by what its group differs in from
-    the others.
+    the others; without the runs of which `y` is NaN.
     """
     groups: dict[tuple[str, ...], list[Row]] = {}
     others = [name for name in varied(rows) if name != along]
     for row in rows:
-        values = (f"{name.rpartition('.')[2]}={row.settings.get(name)}" for name in others)
-        groups.setdefault((row.pair, *values), []).append(row)
+        groups.setdefault((row.pair, *(str(row.settings.get(name)) for name in others)), []).append(row)
     constant = [len(set(column)) == 1 for column in zip(*groups, strict=True)]
-    for (parts, group), colour in zip(groups.items(), cycle(COLOURS), strict=False):
-        label = ", ".join(part for part, same in zip(parts, constant, strict=True) if not same)
-        points = sorted(group, key=x)
-        axes.plot([x(row) for row in points], [y(row) for row in points], color=colour, label=label)
-        for row in points:
-            face = colour if is_filled(row) else "white"
-            axes.plot(x(row), y(row), "o", color=colour, markersize=3.5, markerfacecolor=face)
+    for group, colour in zip(groups.values(), cycle(COLOURS), strict=False):
+        names = [group[0].pair, *(f"{name.rpartition('.')[2]}={_text(group[0].settings.get(name))}" for name in others)]
+        label = ", ".join(name for name, same in zip(names, constant, strict=True) if not same)
+        points = sorted((x(row), y(row)) for row in group if not math.isnan(y(row)))
+        places, values = [place for place, _ in points], [value for _, value in points]
+        face = "white" if hollow else colour
+        axes.plot(places, values, "o-", color=colour, markersize=3.5, markerfacecolor=face, label=label)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

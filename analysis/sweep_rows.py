@@ -22,7 +22,7 @@ from analysis.scaling import holders
 from extract.errors import BadInput
 from train.crosscoder import CONFIG_FILE, WEIGHTS_FILE, Crosscoder
 from train.histograms import delta_norm
-from train.runs import SECTIONS, WITHOUT_EFFECT
+from train.runs import SECTIONS, deciding
 
 FINISHED = "finished"
 
@@ -56,9 +56,12 @@ class Row:
 
     @property
     def num_own(self) -> float:
-        """Latents of one model alone, of all models; NaN where nothing is known."""
-        found = self.own or self.own_by_norms
-        return sum(found.values()) if found else math.nan
+        """Latents of one model alone, of all models, as analysed; NaN where that was not done."""
+        return sum(self.own.values()) if self.own else math.nan
+
+    @property
+    def num_own_by_norms(self) -> float:
+        return sum(self.own_by_norms.values()) if self.own_by_norms else math.nan
 
 
 def rows_of(settings: AnalysisSettings) -> list[Row]:
@@ -111,8 +114,7 @@ def _row(outputs: Path, name: str, record: dict[str, Any], owner: OwnerConfig) -
 def result_settings_in(config_file: Path) -> dict[str, Any]:
     """The settings that decided a run, by their dotted names, from what it saved."""
     saved = yaml.safe_load(config_file.read_text())
-    leaves = dict(leaf for section in SECTIONS if section in saved for leaf in _leaves(section, saved[section]))
-    return {name: value for name, value in leaves.items() if name not in WITHOUT_EFFECT}
+    return deciding(dict(leaf for section in SECTIONS if section in saved for leaf in _leaves(section, saved[section])))
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -126,7 +128,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def state_of(settings: dict[str, Any], metrics: list[dict[str, Any]], record: dict[str, Any]) -> str:
     """How far an unfinished run is, and how it ended if that is known."""
     num_steps = -(-settings["training.num_tokens"] // settings["training.num_tokens_per_step"])
-    done = f"step {metrics[-1]['step']} of {num_steps}" if metrics else "not started"
+    done = f"step {metrics[-1]['step']} of {num_steps}" if metrics else "no step yet"
     ended, job = record.get("ended"), record.get("job")
     return f"{done}, {ended}" if ended else f"{done}, job {job}" if job else done
 

@@ -6,6 +6,7 @@ import csv
 from dataclasses import asdict
 from pathlib import Path
 
+from analysis.comparison import outputs_of
 from analysis.config import AnalysisSettings
 from analysis.report import NEEDED
 from extract.mirror import Mirror
@@ -22,6 +23,7 @@ def track(settings: AnalysisSettings, folders: list[Path], report_folder: Path) 
     facts = asdict(settings) | {"units": units("analysis")}
     mirror = Mirror(settings.tracking, report_folder, "analysis", "analysis", settings.study, facts)
     tables = {f"analysis/{name}/{f.name}": f / file for f in folders for name, file in TABLES.items()}
+    tables |= {f"analysis/comparisons/{path.stem}": path for path in _comparisons(folders, report_folder)}
     mirror.show(latents_by_owner(owners), {"analysis/owners": owners, **tables}, {"analysis/report": page})
     mirror.artifact(f"analysis-{settings.study}", "analysis", _files(folders, report_folder))
     mirror.end(0)
@@ -32,6 +34,11 @@ def latents_by_owner(table: Path) -> dict[str, float]:
     with table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return {f"analysis/latents/{row['pair']}/{row['owner']}": int(row["count"]) for row in rows}
+
+
+def _comparisons(folders: list[Path], report_folder: Path) -> list[Path]:
+    """The tables of tuned models that share a base."""
+    return [report_folder / name for name in outputs_of(folders) if name.endswith(".csv")]
 
 
 def _files(folders: list[Path], report_folder: Path) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def merge_adapter(model: nn.Module, adapter: Path) -> None:
         whole.add_module(str(model.base_model_prefix), model)
     config = PeftConfig.from_pretrained(str(adapter))
     config.task_type = None  # peft would ask a shell to generate text
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers to peft, about its own use of it
         PeftModel.from_pretrained(whole, str(adapter), config=config).merge_and_unload()
 
 

@@ -125,14 +125,13 @@ def _of_sweep(arguments: list[str], launcher: str | None) -> list[str]:
 
 
 def _members(arguments: list[str]) -> list[list[str]]:
-    """The command lines of a sweep's members, of which there is one where nothing is swept; Hydra's own settings left
-    out. Of an interval, which a search draws from, the ends stand for all.
+    """The command lines of a sweep's members, of which there is one where nothing is swept. Of an interval, which a
+    search draws from, the ends stand for all.
     """
     if not set(MULTIRUN) & set(arguments):
         return [arguments]
-    own = [argument for argument in arguments if not _is_hydras(argument)]
     try:
-        parsed = OverridesParser.create().parse_overrides(own)
+        parsed = OverridesParser.create().parse_overrides([each for each in arguments if each not in MULTIRUN])
     except HydraException as error:
         raise BadInput(_one_line(error)) from error
     if "hydra/sweeper=search" in arguments and find_spec("optuna") is None:

@@ -40,8 +40,6 @@ class TokensLog:
         self._since = time.monotonic()
 
     def __enter__(self) -> TokensLog:
-        with _warned("making tokens"):
-            self._opened = _opened(self._settings, "tokens", self._step, asdict(self._settings))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -62,7 +60,8 @@ class TokensLog:
         now = time.monotonic()
         speed = (num_tokens - self._step) / max(now - self._since, 1e-9)
         values = {"tokens/documents": num_documents, "tokens/tokens": num_tokens, "tokens/tokens_per_second": speed}
-        if self._opened is not None:
+        with _warned("making tokens"):
+            self._opened = self._opened or _opened(self._settings, "tokens", self._step, asdict(self._settings))
             self._opened[0].log(num_tokens, values)
         self._step, self._since = num_tokens, now
 

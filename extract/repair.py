@@ -18,6 +18,7 @@ from extract.claims import Claims
 from extract.config import ExtractSettings
 from extract.errors import BadInput
 from extract.manifest import Manifest
+from extract.mirror import DISABLED
 from extract.publish import publish
 from extract.stores import TokenStore
 from extract.tokens import commits_of, make_tokens
@@ -87,7 +88,8 @@ def _recorded_tokens(manifests: dict[Path, Manifest | None], tokens_folder: Path
 def _repair_tokens(settings: ExtractSettings, bad: Sequence[Problem], recorded: str | None) -> Iterator[str]:
     """Make all tokens again beside the store, and take the bad files from there if the whole is what it was."""
     folder = settings.tokens_folder
-    beside = replace(settings, store=str(folder.with_name("tokens.repair")))
+    untracked = replace(settings.tracking, mode=DISABLED)
+    beside = replace(settings, store=str(folder.with_name("tokens.repair")), tracking=untracked)
     if recorded is None:
         raise BadInput(
             f"{folder} is damaged, and no manifest says which tokens it held. Bring it back from a copy, or delete "

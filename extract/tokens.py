@@ -205,8 +205,8 @@ def _progress(settings: ExtractSettings, mixture: Mixture) -> Generator[TokenDoc
     before = sum(state.tokens for state in mixture.states)
     count, tokens = sum(state.kept for state in mixture.states), before
     with (
-        tqdm(total=mixture.corpus.num_tokens, initial=before, unit="tok", unit_scale=True, desc="tokens") as bar,
         TokensLog(settings, before) as log,
+        tqdm(total=mixture.corpus.num_tokens, initial=before, unit="tok", unit_scale=True, desc="tokens") as bar,
     ):
         for document in mixture:
             yield document

@@ -4,7 +4,7 @@
 #   bash slurm/pipeline.sh [experiment=STUDY] [key=value ...]     tokens -> extract (array) -> train (each pair) -> analysis
 #
 # What can be refused is refused before the first job is submitted. Each setting goes to the stages that know it. Run it
-# again to do what is missing. From slurm/site.sh or the environment:
+# again, once its jobs have ended, to do what is missing. From slurm/site.sh or the environment:
 #
 #   EXTRACT_TASKS=4  TRAIN_NODES=1     array tasks of the extraction, nodes of a training
 #   GPUS_PER_NODE=8  GPU=h100          of the nodes; with the name memory is checked against the plan

@@ -9,6 +9,7 @@ import gzip
 import json
 import re
 import socket
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,7 +47,7 @@ class StubServer:
         self.artifacts: list[dict[str, Any]] = []
         self.files: dict[str, bytes] = {}
         self.hangs, self.is_dead, self.changed = hangs, False, threading.Condition()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
@@ -182,6 +183,13 @@ class StubServer:
         return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": artifact.get("digest")}}}
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, address: Any) -> None:
+        """Clients that are gone are nothing to speak of; anything else fails the test that asks for it."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, address)
+
+
 def _handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -199,12 +207,12 @@ def _handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
             self._reply({})
 
         def do_POST(self) -> None:
-            body, answer = json.loads(self._body() or b"{}"), {}
+            body, answer = self._body(), {}
             with stub.changed:
                 if self.path == "/graphql":
-                    answer = stub.answer(body)
+                    answer = stub.answer(json.loads(body))
                 elif self.path.endswith("/file_stream"):
-                    stub.stream(self.path.split("/")[-2], body)
+                    stub.stream(self.path.split("/")[-2], json.loads(body))
                 stub.changed.notify_all()
             self._reply(answer)
 

@@ -16,6 +16,7 @@ from train.dashboard_curves import Bins, Curve, RunLog
 from train.dashboard_panels import Panel, Relation, part_of
 from train.metric_table import HISTOGRAM, Metric
 
+LOGARITHMIC = {"type": "log", "dtick": "D2", "tickformat": "~g"}
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "diamond-open", "square", "x", "cross")
 
@@ -33,7 +34,7 @@ def panel_figure(panel: Panel, logs: Sequence[RunLog]) -> Figure:
     traces = [_curve(run, i, *own) for i, run in enumerate(logs) for own in _of(metric, run.curves)]
     figure = _figure(panel.title, metric.about, traces, panel.x_title, panel.y_title)
     if panel.is_logarithmic:
-        figure["layout"]["yaxis"] |= {"type": "log", "dtick": "D2", "tickformat": "~g"}
+        figure["layout"]["yaxis"] |= LOGARITHMIC
     return figure | {"smooth": True}
 
 
@@ -85,7 +86,9 @@ def owners_figure(table: Path) -> Figure:
         }
         for owner in owners
     ]
-    return _figure("latents by owner", "As the report has them.", traces, "", "latents") | {"wide": True}
+    figure = _figure("latents by owner", "As the report has them.", traces, "", "latents")
+    figure["layout"]["yaxis"] |= LOGARITHMIC  # a few against thousands that are shared
+    return figure | {"wide": True}
 
 
 def _trace(

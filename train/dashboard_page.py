@@ -6,6 +6,7 @@ The page draws a figure when it is scrolled to, with the runs that are chosen; h
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +37,7 @@ EMPTY = {
 
 def read_logs(outputs: Path, pair: str | None, max_points: int) -> tuple[list[RunLog], list[RunLog]]:
     """The runs of a pair, or all, sorted by name, and what extraction has logged. BadInput without either."""
-    folders = sorted(path for path in (outputs / "runs").glob("*") if path.is_dir())
+    folders = sorted((path for path in (outputs / "runs").glob("*") if path.is_dir()), key=_order)
     chosen = [folder for folder in folders if pair in (None, folder.name.split(",")[0])]
     extractions = [outputs / name for name in BESIDE.values() if (outputs / name / "metrics.jsonl").is_file()]
     if not chosen and not extractions:
@@ -48,6 +49,12 @@ def read_logs(outputs: Path, pair: str | None, max_points: int) -> tuple[list[Ru
     num_points = points_each(max_points, len(chosen) + len(extractions))
     runs, extracted = ([read_run(path.name, path, num_points) for path in paths] for paths in (chosen, extractions))
     return runs, extracted
+
+
+def _order(folder: Path) -> tuple[list[str | float], str]:
+    """By name, numbers by their size: k=5 before k=10."""
+    parts = re.split(r"([0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?)", folder.name)
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)], folder.name
 
 
 def page_of(study: str, outputs: Path, folder: Path, runs: Sequence[RunLog], extracted: Sequence[RunLog]) -> str:

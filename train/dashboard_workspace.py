@@ -122,7 +122,8 @@ def _plots(panel: Panel, pairs: dict[str, list[str]]) -> list[PanelTypes]:
     if panel.metric.kind == PAGE:
         return [panels.MediaBrowser(title=title, media_keys=[name])]
     if panel.metric.kind == TABLE:
-        return [panels.WeavePanelSummaryTable(table_name=table) for table in _of_pairs(name, pairs)]
+        names = _of_comparisons(name, pairs) if "<comparison>" in name else _of_pairs(name, pairs)
+        return [panels.WeavePanelSummaryTable(table_name=table) for table in names]
     if panel.metric.section == "analysis":
         return [panels.BarPlot(title=title, metrics=[*_of_pairs(name, pairs)], orientation="v")]
     return [_line(panel, title)]
@@ -132,6 +133,15 @@ def _of_pairs(name: str, pairs: dict[str, list[str]]) -> list[str]:
     """A name for every pair, and for every owner of each, as far as it has placeholders for these."""
     names = [(name.replace("<pair>", pair), [*members, *NO_MODELS]) for pair, members in pairs.items()]
     return list(dict.fromkeys(of_pair.replace("<owner>", owner) for of_pair, owners in names for owner in owners))
+
+
+def _of_comparisons(name: str, pairs: dict[str, list[str]]) -> list[str]:
+    """A name for every comparison of the report: the first tuned model of a base with each of the others."""
+    tuned = dict[str, list[str]]()
+    for base, *others in pairs.values():
+        tuned.setdefault(base, []).extend(others)
+    compared = [f"{first}_{other}" for first, *others in tuned.values() for other in others]
+    return [name.replace("<comparison>", f"{level}_{models}") for models in compared for level in ("class", "category")]
 
 
 def _line(panel: Panel, title: str) -> panels.LinePlot:

@@ -16,6 +16,8 @@ line, a JSON object, for each state:
 Without a threshold (before crosscoder.threshold_start_step) and with recovered_tokens=0 a line lacks what concerns loss
 recovered.
 
+The measures are also on W&B, in a run of their own.
+
 A state that was measured with the same is not measured again. Checkpoints that training writes meanwhile are taken as
 well, and those that it removes are left out: `training.keep_every` has it keep some.
 """
@@ -230,8 +232,8 @@ def _measured_with(settings: EvaluateSettings, checkpoints: Checkpoints) -> str:
 
 def _described(values: Metrics) -> str:
     chosen = ("val/variance_explained/", "val/loss_recovered/")
-    named = {name.removeprefix("val/"): plain(value) for name, value in values.items() if name.startswith(chosen)}
-    return ", ".join(f"{name} {value}" for name, value in named.items())
+    named = {name.removeprefix("val/"): value for name, value in values.items() if name.startswith(chosen)}
+    return ", ".join(f"{name} {value:.4f}" for name, value in named.items())
 
 
 def main(settings: EvaluateSettings) -> None:

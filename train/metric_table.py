@@ -1,7 +1,8 @@
 """Every quantity that a command logs, in metrics.jsonl and on W&B: its name, its unit and what it means.
 
 A name is <section>/<quantity>, then what it is of: `val/variance_explained/<model>`. In a name <model> and <other>
-stand for members of the pair, <pair> for the run that is analysed, <owner> for who a latent belongs to.
+stand for members of the pair, <pair> for the run that is analysed, <owner> for who a latent belongs to,
+<comparison> for what the report calls a table of two tuned models.
 """
 
 from __future__ import annotations
@@ -154,6 +155,13 @@ METRICS = (
         TABLE,
     ),
     Metric("analysis/classes/<pair>", "latents", "How many model-specific latents fall into each class.", TABLE),
+    Metric(
+        "analysis/comparisons/<comparison>",
+        "latents",
+        "Of two tuned models of one base: how many latents each class or category has, in numbers and shares, and what "
+        "the difference may be.",
+        TABLE,
+    ),
     Metric("analysis/report", "", "The report of the study.", PAGE),
 )
 

@@ -55,9 +55,13 @@ def hookpoint_of(settings: TrainSettings) -> str:
 def result_settings(settings: TrainSettings) -> dict[str, Any]:
     """The settings that decide what training computes, as {dotted name: value}, sorted by name."""
     values = dataclasses.asdict(settings)
-    leaves = {name: leaf for section in SECTIONS for name, leaf in _leaves(section, values[section])}
-    without_effect = WITHOUT_EFFECT if settings.data.mode == "online" else WITHOUT_EFFECT | ONLINE_ONLY
-    return {name: leaves[name] for name in sorted(leaves.keys() - without_effect)}
+    return deciding({name: leaf for section in SECTIONS for name, leaf in _leaves(section, values[section])})
+
+
+def deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of settings by their dotted names those that decide what training computes, sorted by name."""
+    without_effect = WITHOUT_EFFECT if settings.get("data.mode") == "online" else WITHOUT_EFFECT | ONLINE_ONLY
+    return {name: settings[name] for name in sorted(settings.keys() - without_effect)}
 
 
 def run_name(settings: TrainSettings, experiment: TrainSettings) -> str:

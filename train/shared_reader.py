@@ -27,9 +27,9 @@ import torch
 from train.config import TrainSettings
 from train.ring import READER
 from train.runs import result_settings, selected_pair
+from train.sweep import Member, status_text
 
 if TYPE_CHECKING:
-    from train.sweep import Member
     from train.sweep_local import PassedOn
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ def run_members(members: Sequence[Member], signals: PassedOn) -> list[int | None
     has them. On GPUs as many at a time as there are, one on each; elsewhere all at a time, with an equal part of the
     cores. None for those that were not started, because `signals` asked to stop before.
 
-    A member's output is appended to LOG_FILE in its run folder; this process says what it runs, and how each ended. A
-    member that fails, ends or is killed leaves the others as they are. If the reader is, its members save and end
-    with EXIT_HANG.
+    A member's output is appended to LOG_FILE in its run folder; this process says what it runs, and how each ended when
+    it does, and writes it down. A member that fails, ends or is killed leaves the others as they are. If the reader is,
+    its members save and end with EXIT_HANG.
     """
     gpus, statuses = visible_gpus(), dict[int, int]()
     for wave in _waves(members, len(gpus) or len(members)):
@@ -96,10 +96,13 @@ def _run(members: list[Member], gpus: list[str], signals: PassedOn) -> list[int]
             own = _gpu_of(member, gpus[number]) if gpus else _part_of_cores(len(members))
             processes.append(_start(member, end, own))
             opened.callback(processes[-1].terminate)  # where the next one cannot be started; else it has ended
-        statuses = signals.wait(processes)
-    for member, status in zip(members, statuses, strict=True):
-        log.info("%s ended with status %d: %s", member.name, status, last_line(member.folder / LOG_FILE))
-    return statuses
+        return signals.wait(processes, lambda number, status: _ended(members[number], status))
+
+
+def _ended(member: Member, status: int) -> None:
+    member.ended = status_text(status)
+    member.record()
+    log.info("%s: %s; %s", member.name, member.ended, last_line(member.folder / LOG_FILE))
 
 
 def _gpu_of(member: Member, gpu: str) -> dict[str, str]:
@@ -166,6 +169,7 @@ def _start(member: Member, end: socket.socket | None, own: dict[str, str]) -> su
     member.folder.mkdir(parents=True, exist_ok=True)
     descriptors = [] if end is None else [end.fileno()]
     told = {} if end is None else {READER: str(end.fileno())}
+    member.log_file = member.log_file or str(member.folder / LOG_FILE)
     with open(member.folder / LOG_FILE, "ab") as file:
         process = subprocess.Popen(
             member.command,

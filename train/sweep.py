@@ -102,10 +102,7 @@ def run_sweep(config: DictConfig, job_overrides: Sequence[Sequence[str]], runner
     try:
         members = members_of(config, job_overrides)
         missing = [member for member in members if not is_finished(member.settings, member.folder)]
-        log.info("%s: %d members, %d finished before", members[0].group, len(members), len(members) - len(missing))
-        for member in missing:
-            if not member.recorded():  # else it says what job an earlier command submitted
-                member.record()
+        log.info("%s: %d of %d members to run", members[0].group, len(missing), len(members))
         stopped = bool(missing) and runner(missing)
     except BadInput as error:
         _exit(EXIT_BAD_INPUT, f"error: {error}")
@@ -114,8 +111,8 @@ def run_sweep(config: DictConfig, job_overrides: Sequence[Sequence[str]], runner
         _exit(EXIT_STOPPED, f"Stopped with {len(failed)} of {len(members)} members to do; the same command continues.")
     if failed and not is_search(config):
         _exit(EXIT_FAILED, summary(members, failed))
-    if not failed:
-        log.info("All %d members are finished; `python -m analysis.sweep` compares the runs of a study", len(members))
+    if not is_search(config):
+        log.info("All members are finished; `python -m analysis.sweep` compares the runs of the study")
     return [_returned(member, member in failed) for member in members]
 
 
@@ -139,7 +136,9 @@ def _returned(member: Member, has_failed: bool) -> JobReturn:
     if has_failed:
         error = CompactHydraException(f"{member.name}: {member.ended}")
         return JobReturn(overrides=member.overrides, status=JobStatus.FAILED, _return_value=error)
-    return JobReturn(overrides=member.overrides, status=JobStatus.COMPLETED, _return_value=objective(member.folder))
+    found = objective(member.folder)
+    log.info("%s explains %s of the variance of held-out tokens", member.name, "?" if found is None else f"{found:.4f}")
+    return JobReturn(overrides=member.overrides, status=JobStatus.COMPLETED, _return_value=found)
 
 
 def members_of(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> list[Member]:
@@ -153,15 +152,22 @@ def members_of(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> li
     swept = [override.get_key_element() for override in sweep if override.is_sweep_override()]
     swept += [name for name in config.hydra.sweeper.get("params") or {} if name not in swept]
     members = [_member(list(overrides), swept) for overrides in job_overrides]
-    given = dict[Path, str]()
-    for member, overrides in zip(members, job_overrides, strict=True):
-        other = given.setdefault(member.folder, line := " ".join(overrides))
-        if other is not line:
-            raise BadInput(
-                f"Two members of this sweep are one run, {member.folder}: {other} and {line}. Sweep over settings that "
-                f"change the result, each value once."
-            )
+    numbers = dict[Path, int]()
+    for number, member in enumerate(members):
+        other = numbers.setdefault(member.folder, number)
+        if other != number:
+            raise BadInput(_one_run(member.folder, job_overrides[other], job_overrides[number]))
     return members
+
+
+def _one_run(folder: Path, one: Sequence[str], other: Sequence[str]) -> str:
+    """What is wrong with two members of one folder."""
+    apart = [" ".join(o for o in line if o not in against) for line, against in ((one, other), (other, one))]
+    which = f": {apart[0]} and {apart[1]}" if any(apart) else ""
+    return (
+        f"Two members of this sweep are one run, {folder}{which}. Sweep over settings that change the result, each "
+        f"value once."
+    )
 
 
 def _member(overrides: list[str], swept: list[str]) -> Member:
@@ -210,10 +216,8 @@ def objective(folder: Path) -> float | None:
     return sum(finite) / len(finite) if last and len(finite) == len(last) else None
 
 
-def status_text(status: int | None) -> str:
-    """How a process with this status, as `subprocess` has it, ended; None is one that was not started."""
-    if status is None:
-        return "not started"
+def status_text(status: int) -> str:
+    """How a process with this status, as `subprocess` has it, ended."""
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     return {0: "done", EXIT_STOPPED: "stopped and saved"}.get(status, f"failed with status {status}")

@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import subprocess
+import time
+from collections.abc import Callable
 from types import FrameType
 
 from extract.errors import BadInput
@@ -16,6 +18,7 @@ from train.sweep import Member, status_text
 from train.watchdog import EXIT_HANG
 
 log = logging.getLogger(__name__)
+LOOK_S = 0.2  # seconds between looks at the processes
 
 
 class LocalRunner:
@@ -29,6 +32,8 @@ class LocalRunner:
         if any(member.settings.sweep.share_reader for member in members):
             check_sharing(self._ranks, "hydra.launcher.ranks")
             return run_together(members) == EXIT_STOPPED
+        for member in members:
+            member.record()
         with PassedOn() as signals:
             for number, member in enumerate(members, 1):
                 log.info("[%d/%d] %s", number, len(members), member.name)
@@ -41,14 +46,11 @@ class LocalRunner:
 
 
 def run_together(members: list[Member]) -> int:
-    """Run members with one reader, and record how each ended; the status of all of them: that of one which is worth
-    another try, if there is one.
-    """
+    """Run members with one reader; the status of all: that of one which is worth another try, if there is one."""
+    for member in members:
+        member.record()
     with PassedOn() as signals:
         statuses = run_members(members, signals)
-    for member, status in zip(members, statuses, strict=True):
-        member.ended = status_text(status)
-        member.record()
     if signals.requested or EXIT_STOPPED in statuses:
         return EXIT_STOPPED
     if any(status is None or status < 0 or status == EXIT_HANG for status in statuses):
@@ -83,12 +85,20 @@ class PassedOn:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def wait(self, processes: list[subprocess.Popen[bytes]]) -> list[int]:
-        """The statuses of processes that have just started."""
-        self._processes = processes
+    def wait(
+        self, processes: list[subprocess.Popen[bytes]], tell: Callable[[int, int], None] = lambda number, status: None
+    ) -> list[int]:
+        """The statuses of processes that have just started; of each that ends, its number and status are told."""
+        self._processes, statuses = processes, dict[int, int]()
         if self.requested:  # since they were started
             self._pass_on(signal.SIGTERM, None)
-        return [process.wait() for process in processes]
+        while len(statuses) < len(processes):
+            time.sleep(LOOK_S)
+            for number, process in enumerate(processes):
+                if number not in statuses and (status := process.poll()) is not None:
+                    statuses[number] = status
+                    tell(number, status)
+        return [statuses[number] for number in range(len(processes))]
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

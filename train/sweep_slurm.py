@@ -85,6 +85,7 @@ class SlurmRunner:
         new = [member for member in members if not goes_on(member)]
         for member in new:
             look_first(member, self._options)
+            member.record()  # what `sweep_members` reads
         if new:
             submit(new, self._options)
         jobs = ",".join(dict.fromkeys((member.job or "").partition("_")[0] for member in members))

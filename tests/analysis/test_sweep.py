@@ -104,10 +104,11 @@ def test_every_run_is_a_row_that_says_how_far_it_is(study):
     assert [(row.name, row.state) for row in rows] == [
         ("base_tuned,k=2", FINISHED),
         ("base_tuned,k=3", "step 40 of 100, killed by SIGKILL"),
-        ("base_tuned,k=5", "not started, job 12_3"),
-        ("base_tuned,k=6", "not started"),
+        ("base_tuned,k=5", "no step yet, job 12_3"),
+        ("base_tuned,k=6", "no step yet"),
         ("base_tuned,hookpoint=block10,k=4", FINISHED),
     ]
+    assert varied(rows) == ["hookpoint", "crosscoder.k"]  # in what runs have saved and sweeps wrote down alike
     assert rows[0].l0 == 2.5 and rows[0].variance_explained == pytest.approx({"base": 0.5, "tuned": 0.6})
     assert rows[0].mean_explained == pytest.approx(0.55) and math.isnan(rows[1].mean_explained)
 
@@ -116,7 +117,7 @@ def test_latents_of_one_model_as_analysed_and_by_norms(study):
     first, *_, last = rows_of(study)
     assert (first.own, first.own_by_norms) == ({"base": 1, "tuned": 3}, {"base": 2, "tuned": 1})
     assert (last.own, last.own_by_norms) == ({}, {"base": 2, "tuned": 1})
-    assert (first.num_own, last.num_own) == (4, 3)
+    assert (first.num_own, last.num_own_by_norms) == (4, 3) and math.isnan(last.num_own)
 
 
 def test_an_analysis_of_an_earlier_crosscoder_does_not_count(study):
@@ -170,6 +171,30 @@ def test_the_figure_shows_layers_where_there_are_several(study):
     points = {tuple(np.round(line.get_xydata()[0], 3)) for line in layers.axes[0].lines}
     assert points == {(2.5, 0.55), (4.5, 0.3)}
     assert len(figure_of(rows[:4]).axes) == 2 and len(figure_of(rows[1:3]).axes) == 2
+
+
+def planted_row(k: int, lr: float, own: int | None) -> Row:
+    settings = {"hookpoint": "block1", "crosscoder.k": k, "training.lr": lr}
+    return Row("p", settings, FINISHED, k, {"a": k / 10}, {} if own is None else {"a": own}, {"a": 7})
+
+
+def lines_of(axes) -> list[list[list[float]]]:
+    return [line.get_xydata().tolist() for line in axes.lines]
+
+
+def test_lines_are_named_by_what_they_differ_in():
+    explained, _ = figure_of([planted_row(k, lr, 3) for k in (1, 2) for lr in (0.1, 0.0123456)]).axes
+    assert [text.get_text() for text in explained.get_legend().get_texts()] == ["lr=0.1", "lr=0.01235"]
+    assert lines_of(explained) == [[[1, 0.1], [2, 0.2]]] * 2
+    assert figure_of([planted_row(k, 0.1, 3) for k in (1, 2)]).axes[0].get_legend() is None
+
+
+def test_candidates_are_drawn_where_no_run_is_analysed():
+    rows = [planted_row(1, 0.1, 3), planted_row(2, 0.1, None), planted_row(3, 0.1, 4), planted_row(1, 0.2, None)]
+    _, latents = figure_of(rows).axes
+    assert lines_of(latents) == [[[1, 3], [3, 4]], []] and latents.get_xlabel().endswith("(2 of 4 analysed)")
+    _, candidates = figure_of([planted_row(k, 0.1, None) for k in (1, 2)]).axes
+    assert lines_of(candidates) == [[[1, 7], [2, 7]]] and "by norms" in candidates.get_xlabel()
 
 
 def test_a_study_without_runs_says_how_to_make_some(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from analysis.annotate import annotate
+from analysis.comparison import compare
 from analysis.report import report
 from analysis.taxonomy import categorise
 from analysis.tracking import latents_by_owner, track
@@ -30,6 +31,7 @@ def test_an_analysis_is_a_run_with_tables_and_the_report(tmp_path: Path, monkeyp
         categorise(settings, folder)
     settings.tracking.mode = "offline"
     settings.tracking.start_timeout_s = settings.tracking.end_timeout_s = 300.0
+    compare(settings, folders)
     target = report(settings, folders).parent
     track(settings, folders, target)
     track(settings, folders, target)
@@ -39,7 +41,8 @@ def test_an_analysis_is_a_run_with_tables_and_the_report(tmp_path: Path, monkeyp
     assert (row["_step"], again["_step"]) == (0, 1)
     shown = {name.removesuffix("._type") for name in row if name.endswith("._type")}
     numbers = {name for name in row if name.startswith("analysis/latents/")}
-    assert shown == {"analysis/owners", "analysis/report"} | {
+    compared = {f"analysis/comparisons/{level}_simpo_dpo" for level in ("class", "category")}
+    assert shown == {"analysis/owners", "analysis/report", *compared} | {
         f"analysis/{table}/{folder.name}" for table in ("categories", "classes") for folder in folders
     }
     assert {row[f"{name}._type"] for name in shown} == {"table-file", "html-file"}

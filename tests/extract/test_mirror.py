@@ -130,6 +130,23 @@ def test_offline_parts_have_every_step_once(tmp_path: Path, monkeypatch: pytest.
     assert [artifact["name"] for artifact in second_part.artifacts] == ["a-crosscoder-k-3"]
 
 
+@pytest.mark.slow
+def test_offline_parts_are_uploaded_as_one_run(tmp_path: Path):
+    """By `wandb sync`, as the README has it; done twice it uploads nothing again."""
+    Command(tmp_path, 1, 20, "offline").end(STOPPED)
+    second = Command(tmp_path, 16, 30, "offline")
+    second.mirror.artifact("a", "b", {"m.jsonl": tmp_path / "metrics.jsonl"})
+    second.end(0)
+    with StubServer() as server:
+        command = ["wandb", "sync", *sorted(map(str, tmp_path.glob("wandb/offline-run-*")))]
+        for _ in range(2):
+            done = subprocess.run(command, env=os.environ | server.environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    ((name, run),) = server.runs.items()
+    assert name == run_id(tmp_path) and run.exit_code == 0 and len(server.artifacts) == 1
+    assert [row["step"] for row in run.history] == [*range(1, 31)] == [row["_step"] for row in run.history]
+
+
 def point_to(monkeypatch: pytest.MonkeyPatch, server: StubServer) -> None:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)

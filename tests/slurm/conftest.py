@@ -33,8 +33,8 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def hosts() -> Iterator[Cluster]:
-    """Three nodes with names, addresses and links of their own, which can be cut; without accounting."""
-    yield from started(3, accounting=False, namespaces=True, lost_after_s=10)
+    """Six nodes with names, addresses and links of their own, which can be cut; without accounting."""
+    yield from started(6, accounting=False, namespaces=True, lost_after_s=10)
 
 
 @pytest.fixture(scope="session")

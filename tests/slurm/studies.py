@@ -111,5 +111,7 @@ def until(cluster: Cluster, job: str, ready: Callable[[], bool], timeout: float 
     """Wait for what a job is to bring about."""
     end_at = time.monotonic() + timeout
     while not ready():
-        assert time.monotonic() < end_at, f"{job} is {cluster.state(job)} after {timeout} s\n{cluster.log(job)}"
+        state = cluster.state(job)
+        in_vain = "FAILED" in state or time.monotonic() > end_at
+        assert not in_vain, f"{job} is {state} after {timeout} s at most\n{cluster.log(job)}"
         time.sleep(LOOK_S)

@@ -76,7 +76,7 @@ def test_a_sweep_is_an_array_whose_members_go_on_alone(cluster: Cluster, studied
 
     array, _, element = killed.partition("_")
     assert element == "3" and preempted == f"{array}_0"
-    assert "4 members, 0 finished before" in said and "error: 1 of 4 members are not finished" in said
+    assert "4 of 4 members to run" in said and "error: 1 of 4 members are not finished" in said
     assert said[said.index("error: ") :].count("\nbase_tuned,k=") == 1 and f"{KILLED}: CANCELLED" in said
     finished = sorted(path.parent.parent.name for path in outputs.glob("runs/*/crosscoder/config.json"))
     assert finished == NAMES[:3]
@@ -86,10 +86,10 @@ def test_a_sweep_is_an_array_whose_members_go_on_alone(cluster: Cluster, studied
     written = {path: path.stat().st_mtime_ns for path in outputs.glob("runs/*/crosscoder/config.json")}
     steps = max(steps_of(outputs / "runs" / KILLED))
     again = cluster.run(*command_of(studied, "hydra.launcher.nodes=2"), cwd=folder, timeout=900)
-    assert again.returncode == 0 and "4 members, 3 finished before" in again.stdout, again.stdout
+    assert again.returncode == 0 and "1 of 4 members to run" in again.stdout, again.stdout
     assert {path: path.stat().st_mtime_ns for path in written} == written
     log = Path(record_of(outputs, KILLED)["log_file"] or "").read_text()
-    assert "2 node(s)" in log and "Resuming from" in log and "== train.sh: finished." in log
+    assert "2 node(s)" in log and "Resuming from" in log and "train.sh: finished." in log
     assert 0 < steps < NUM_STEPS and steps_of(outputs / "runs" / KILLED) == list(range(1, NUM_STEPS + 1))
     assert cluster.must("squeue", "--noheader") == ""
 
@@ -100,3 +100,17 @@ def test_what_slurm_refuses_is_one_message(cluster: Cluster, studied: Studied) -
     assert refused.returncode == 2 and "error: Slurm refused the sweep" in refused.stdout, refused.stdout
     assert "invalid partition" in refused.stdout and "hydra.launcher.partition" in refused.stdout
     assert cluster.must("squeue", "--noheader") == ""
+
+
+def test_members_that_share_a_reader_are_one_element(cluster: Cluster, studied: Studied) -> None:
+    more = ["sweep.share_reader=true", "outputs=outputs/shared", f"training.num_tokens={64 * 50}"]
+    done = cluster.run(*command_of(studied, *more), cwd=studied.checkout.folder, timeout=900)
+    assert done.returncode == 0 and "All members are finished" in done.stdout, done.stdout
+    sweeps = studied.checkout.folder / "outputs" / "shared" / "sweeps"
+    records = [json.loads(path.read_bytes()) for path in sorted(sweeps.glob("*.json"))]
+    jobs: dict[str, list[int]] = {}
+    for record in records:
+        jobs.setdefault(record["job"], []).append(record["settings"]["seed"])
+        assert record["ended"] == "COMPLETED"
+        assert Path(record["log_file"]).read_text().count("One process reads the store for 2 members") == 1
+    assert sorted(jobs.values()) == [[0, 0], [1, 1]]

@@ -131,6 +131,13 @@ def test_damaged_lines_are_left_out_and_counted_but_for_one_being_written(tmp_pa
     assert "base_simpo: 4 lines could not be read" in written(tmp_path)
 
 
+def test_runs_are_in_the_order_of_their_numbers(tmp_path: Path):
+    for name in ("base_simpo,k=5,lr=0.01", "base_simpo,k=10", "base_simpo,k=5,lr=1e-3", "10", "base"):
+        log_lines(tmp_path / "runs" / name, [])
+    names = re.findall(r'class="name">(.*?)<', written(tmp_path))
+    assert names == ["10", "base", "base_simpo,k=5,lr=1e-3", "base_simpo,k=5,lr=0.01", "base_simpo,k=10"]
+
+
 def test_a_run_that_has_logged_nothing_is_named(tmp_path: Path):
     (tmp_path / "runs" / "base_simpo").mkdir(parents=True)
     page = written(tmp_path)

@@ -15,7 +15,7 @@ from train.gpus import GPUS, Gpu, gpu_of
 from train.histograms import delta_norm_histograms, frequency_histogram
 from train.job import Job, Layout
 from train.metric_table import EVERY, METRICS, NUMBER, VALIDATION, best_values, metric_of, units
-from train.metrics import validation_metrics
+from train.metrics import Throughput, validation_metrics
 from train.roofline import Roofline
 from train.step_time import Machine
 from train.trainer import train
@@ -102,6 +102,18 @@ def test_the_share_of_the_roofline():
     seconds = 2 * 2**40 / 1e12
     assert roofline.share(job.num_tokens / seconds, 0) == pytest.approx(1, rel=1e-4)
     assert roofline.share(job.num_tokens / seconds / 2, 0) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_speed_leaves_out_what_was_no_training(monkeypatch):
+    """200 tokens in 4 s, of which 1 s was waited for data; 10 s of something else; 60 tokens in 2 s."""
+    clock = iter([0.0, 4.0, 4.0, 14.0, 16.0, 16.0])
+    monkeypatch.setattr("train.metrics.time.perf_counter", lambda: next(clock))
+    throughput = Throughput()
+    throughput.count(200, waited=1.0)
+    assert throughput.read(0) == {"speed/tokens_per_second": 50, "speed/data_wait": 0.25}
+    throughput.restart()
+    throughput.count(60, waited=0.0)
+    assert throughput.read(0) == {"speed/tokens_per_second": 30, "speed/data_wait": 0}
 
 
 def expected_names(models: list[str], when: str) -> set[str]:

@@ -153,7 +153,7 @@ def test_a_sweep_that_is_stopped_continues_and_gives_what_each_member_gives_alon
         assert_alone_is_the_same(member, tmp_path)
     assert "One process reads" not in log_of(members[2])
     assert f"{members[2].name} reads the store for itself: no other that runs now has the same data settings" in said
-    assert f"{members[0].name} ended with status 0: crosscoder: {members[0].folder}" in said
+    assert f"{members[0].name}: done; crosscoder: {members[0].folder}" in said
 
 
 @pytest.mark.slow

@@ -74,8 +74,24 @@ def test_the_group_says_what_is_swept(swept, group):
 
 def test_members_that_are_one_run_are_refused():
     common = ["experiment=demo/base_simpo"]
-    with pytest.raises(BadInput, match="Two members of this sweep are one run, .*log_every=5 and .*log_every=6"):
+    with pytest.raises(BadInput, match=r"are one run, outputs/demo/runs/base_simpo: .*_every=5 and .*_every=6\. Sweep"):
         members_of(config_of(), [[*common, f"training.log_every={n}"] for n in (5, 6)])
+    with pytest.raises(BadInput, match=r"are one run, outputs/demo/runs/base_simpo,k=5\. Sweep"):
+        members_of(config_of(), [[*common, "crosscoder.k=5"]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ("hydra/launcher=slrm", "There are: basic, local, slurm."),
+        ("hydra.launcher.rank=2", "Could not override 'hydra.launcher.rank'. Key 'rank' is not in struct."),
+    ],
+)
+def test_a_wrong_choice_for_the_launcher_is_one_line(choice, said):
+    (overrides,) = _members(_of_sweep(["-m", "experiment=demo/base_simpo", choice], "local"))
+    with pytest.raises(BadInput) as error:
+        compose(TrainSettings, overrides)
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_sweep_under_torchrun_is_refused(monkeypatch):
@@ -131,7 +147,6 @@ def test_the_objective_is_the_last_variance_explained_over_models(tmp_path):
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        (None, "not started"),
         (0, "done"),
         (-9, "killed by SIGKILL"),
         (EXIT_STOPPED, "stopped and saved"),
@@ -187,8 +202,8 @@ def test_a_sweep_has_a_launcher_and_its_flag_first():
 
 def test_the_ends_of_an_interval_are_checked_and_only_a_search_draws_from_it():
     interval = "training.lr=tag(log,interval(1e-4,1e-2))"
-    found = _members(["-m", "hydra/sweeper=search", "experiment=demo", interval])
-    assert found == [["experiment=demo", "training.lr=0.0001"], ["experiment=demo", "training.lr=0.01"]]
+    found = _members(["-m", "hydra/sweeper=search", interval])
+    assert found == [["hydra/sweeper=search", "training.lr=0.0001"], ["hydra/sweeper=search", "training.lr=0.01"]]
     with pytest.raises(BadInput, match="Add hydra/sweeper=search"):
         _members(["-m", "experiment=demo", interval])
 
@@ -206,7 +221,7 @@ def test_a_failed_member_is_named_while_others_go_on_and_a_finished_one_is_left_
     written = finished.stat().st_mtime_ns
     write_noise(tmp_path / "store", lengths, "block9")
     status, said = sweep(tmp_path, "hookpoint=block9,block3")
-    assert status == 0 and "2 members, 1 finished before" in said, said
+    assert status == 0 and "1 of 2 members to run" in said, said
     assert finished.stat().st_mtime_ns == written
     assert len(list((tmp_path / "runs").glob("*/crosscoder/config.json"))) == 2
 
@@ -217,9 +232,9 @@ def test_a_search_for_the_learning_rate_continues_where_it_was(tmp_path):
     random_store(tmp_path / "store")
     search = ["hydra/sweeper=search", "training.lr=tag(log,interval(1e-4,1e-1))"]
     status, said = sweep(tmp_path, *search, "hydra.sweeper.n_trials=1")
-    assert status == 0 and "1 members, 0 finished before" in said, said
+    assert status == 0 and "1 of 1 members to run" in said, said
     status, said = sweep(tmp_path, *search, "hydra.sweeper.n_trials=2")
-    assert status == 0 and "1 members, 1 finished before" in said and "1 members, 0 finished before" in said, said
+    assert status == 0 and "0 of 1 members to run" in said and "1 of 1 members to run" in said, said
     best = OmegaConf.load(tmp_path / "optimization_results.yaml")
     values = {folder.name: objective(folder) for folder in (tmp_path / "runs").iterdir()}
     assert best.best_value == max(values.values()) and len(values) == 2
