@@ -48,18 +48,20 @@ def check_adapter(name: str, architecture: Any, adapter: Path) -> None:
     with init_empty_weights():
         modules = dict(transformers.AutoModelForCausalLM.from_config(architecture).named_modules())
     with _open(name, adapter) as file:
-        for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            path, found, _ = key.removeprefix("base_model.model.").partition(".lora_A")
-            if not found:
-                continue
+        for path, width in _adapted(file).items():
             weight = getattr(modules.get(path), "weight", None)
-            width = file.get_slice(key).get_shape()[-1]
             if weight is None or width not in weight.shape:
                 there = "has no such module" if weight is None else f"has width {weight.shape[-1]} there"
                 raise BadInput(
                     f"models.{name}.adapter={adapter} belongs to another model: {path} takes width {width}, "
                     f"models.{name}.id {there}."
                 )
+
+
+def _adapted(file: Any) -> dict[str, int]:
+    """The modules that an adapter's file of weights changes, by their names in the model with a head; their widths."""
+    parts = {key: key.removeprefix("base_model.model.").partition(".lora_A") for key in file.keys()}  # noqa: SIM118
+    return {path: file.get_slice(key).get_shape()[-1] for key, (path, found, _) in parts.items() if found}
 
 
 def merge_adapter(model: nn.Module, adapter: Path) -> None:
@@ -74,6 +76,9 @@ def merge_adapter(model: nn.Module, adapter: Path) -> None:
     if model.base_model is model:
         whole = nn.Module()
         whole.add_module(str(model.base_model_prefix), model)
+    with safe_open(adapter / WEIGHTS, "pt") as file:
+        if dict(whole.named_modules()).keys().isdisjoint(_adapted(file)):
+            return  # peft refuses to change nothing
     config = PeftConfig.from_pretrained(str(adapter))
     config.task_type = None  # peft would ask a shell to generate text
     with torch.no_grad(), warnings.catch_warnings():

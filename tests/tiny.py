@@ -48,11 +48,11 @@ def save_model(folder: Path, seed: int = 0, num_blocks: int = 4, width: int = 16
     return folder
 
 
-def save_adapter(model: Path, folder: Path) -> Path:
-    """A LoRA adapter with random, not zero, B matrices."""
+def save_adapter(model: Path, folder: Path, blocks: list[int] | None = None) -> Path:
+    """A LoRA adapter with random, not zero, B matrices, of all blocks or of some."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(5)
-    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=blocks, init_lora_weights=False)
     get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(folder)
     return folder

@@ -332,6 +332,21 @@ def test_merged_adapter_equals_the_adapted_model(tiny_models: dict[str, Path], t
     assert not torch.allclose(acts, plain.activations(ids, torch.ones_like(ids))["block1"], atol=1e-2)
 
 
+@pytest.mark.parametrize(("blocks", "is_the_same"), [([2, 3], True), ([1, 3], False)])
+def test_adapted_blocks_beyond_the_cut_change_nothing(
+    tiny_models: dict[str, Path], tmp_path: Path, blocks: list[int], is_the_same: bool
+):
+    adapter = tiny.save_adapter(tiny_models["base"], tmp_path / "adapter", blocks)
+    ids = torch.arange(1, 9)[None]
+    acts = [
+        load_blocks("base", ModelConfig(str(tiny_models["base"]), adapter=folder), ["block1"]).activations(
+            ids, torch.ones_like(ids)
+        )["block1"]
+        for folder in (None, str(adapter))
+    ]
+    assert torch.equal(*acts) == is_the_same
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_an_adapter_that_adds_nothing_changes_no_bit(tiny_models: dict[str, Path], tmp_path: Path, dtype: str):
     """B = 0: parameters are rounded as without an adapter, and what positions become is not rounded at all."""
