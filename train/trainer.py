@@ -161,6 +161,8 @@ def fit(run: Run) -> bool:
                 if due(done, training.validate_every) or last:
                     metrics |= _validate(run, metrics, last)
                     throughput.restart()
+                    if progress.disable:  # a log file has no bar
+                        log.info("step %d of %d: %s", done, num_steps, told(metrics))
                 run.tracker.log(done, metrics | memory_metrics(run.world.device))
                 progress.set_postfix(loss=f"{measured['train/loss']:.4g}")
             if last or due(done, training.checkpoint_every):
@@ -183,6 +185,14 @@ def _progress(run: Run) -> tqdm[None]:
         unit_scale=True,
         disable=None if run.world.is_main else True,
     )
+
+
+def told(metrics: Metrics) -> str:
+    """What a line of a log says of a step: loss, variance explained of held-out tokens by model, speed."""
+    start = "val/variance_explained/"
+    explained = [f"{name.removeprefix(start)} {v:.4f}" for name, v in metrics.items() if name.startswith(start)]
+    shown = f"variance explained {', '.join(explained)}, " if explained else ""
+    return f"loss {metrics['train/loss']:.4g}, {shown}{metrics['speed/tokens_per_second']:,.0f} tokens/s"
 
 
 def _save(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -310,7 +311,20 @@ def uninterrupted(tmp_path_factory):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert output.splitlines()[-1] == f"crosscoder: {only_run(study) / 'crosscoder'}"
+    (study / "log.txt").write_text(errors)
     return study
+
+
+def test_a_log_file_has_a_line_for_every_validation(uninterrupted):
+    """Where there is no terminal, there is no bar either."""
+    told = [line for line in (uninterrupted / "log.txt").read_text().splitlines() if line.startswith("step ")]
+    measured = [line for line in lines_of(only_run(uninterrupted)) if "val/variance_explained/tuned" in line]
+    assert [line.split(":")[0] for line in told] == [f"step {line['step']} of {STEPS}" for line in measured]
+    *numbers, speed = re.findall(r"-?[\d.]+", told[-1].split(":")[1].replace(",", ""))
+    names = ("train/loss", "val/variance_explained/base", "val/variance_explained/tuned")
+    assert float(speed) > 0 and [float(number) for number in numbers] == pytest.approx(
+        [measured[-1][name] for name in names], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
