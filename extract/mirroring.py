@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ POLL_S = 0.5  # between looks at metrics.jsonl
 MAX_NAME = 128  # characters of an artifact's name
 INSPECT_S = 300.0  # for W&B to read a file of its own
 NO_STEP = -1
+FULL_BYTES = 2**20  # a disk with less room is full: W&B does not say what it could not write
 # Whatever ends or stops the command is for the command to hear; this process ends after it.
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
@@ -257,6 +259,8 @@ def _end(job: Job, run: Any, status: int, limit_s: float) -> None:
     if status == STOPPED:
         run.mark_preempting()
     run.finish(exit_code=status)
+    if shutil.disk_usage(place).free < FULL_BYTES:
+        say(f"The disk of {place} is full: what lies there may lack the last steps. metrics.jsonl has everything.")
 
 
 def _first_line(error: BaseException) -> str:

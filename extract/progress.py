@@ -43,8 +43,7 @@ class TokensLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        stopped = kind in (None, GeneratorExit)  # whoever takes the documents takes no more
-        _close(self._opened, self._status if stopped else FAILED)
+        _close(self._opened, status_of(kind, self._status))
 
     def note(self, num_documents: int, num_tokens: int) -> None:
         """Log the totals so far, unless this was done a moment ago."""
@@ -80,7 +79,7 @@ class ProgressLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        _close(self._opened, self._status if kind is None else FAILED)
+        _close(self._opened, status_of(kind, self._status))
 
     def note(self) -> None:
         """Log the progress, unless another worker does, or this was done a moment ago."""
@@ -115,6 +114,13 @@ def _opened(settings: ExtractSettings, name: str, done: int, facts: dict[str, An
     path = folder / "metrics.jsonl"
     file = MetricsFile(path, done)
     return file, Mirror(settings.tracking, folder, name, "extract", settings.study, facts, path)
+
+
+def status_of(kind: type[BaseException] | None, status: int) -> int:
+    """How the W&B run of work ends that an exception of this `kind` ended, else `status`."""
+    if kind is None or issubclass(kind, GeneratorExit):  # whoever takes the documents takes no more
+        return status
+    return STOPPED if issubclass(kind, KeyboardInterrupt) else FAILED
 
 
 def _close(opened: tuple[MetricsFile, Mirror] | None, status: int) -> None:

@@ -93,7 +93,8 @@ def make_plan(settings: PlanSettings) -> Plan:
     options = plan_options(job, machine, _layouts(settings))
     training = settings.training
     title = f"{settings.study}/{selected_pair(settings)}"
-    return Plan(title, job, machine, store, options, training.num_steps, training.keep_checkpoints)
+    keep, has_recovered = training.keep_checkpoints, training.recovered_tokens > 0
+    return Plan(title, job, machine, store, options, training.num_steps, keep, has_recovered)
 
 
 def _layouts(settings: PlanSettings) -> list[Layout]:

@@ -65,6 +65,8 @@ class Plan:
     options: list[Option]
     num_steps: int
     keep_checkpoints: int
+    # Whether language models are kept beside training (training.recovered_tokens).
+    has_recovered: bool = False
 
     def hours(self, option: Option) -> float:
         """Of all steps; without validation, checkpoints and start."""
@@ -148,7 +150,7 @@ def warnings(plan: Plan) -> list[str]:
     about = fastest(plan.options)
     found = [*_memory_warnings(plan), *_precision_warnings(plan), *_reading_warnings(plan)]
     found += [] if about is None else _batch_warnings(plan, about)
-    return [*found, *_communication_warnings(plan), *_epoch_warnings(plan), *_online_warnings(plan)]
+    return [*found, *_communication_warnings(plan), *_epoch_warnings(plan), *_model_warnings(plan)]
 
 
 def _memory_warnings(plan: Plan) -> list[str]:
@@ -219,10 +221,12 @@ def _epoch_warnings(plan: Plan) -> list[str]:
     return [f"The corpus has {there / 1e6:,.1f}M tokens: {wanted / there:.1f} epochs."]
 
 
-def _online_warnings(plan: Plan) -> list[str]:
-    if not plan.store.online:
-        return []
-    return [
-        "data=online: the forward passes of the models, their memory and the time they take on the same GPUs are not "
-        "part of this plan."
-    ]
+def _model_warnings(plan: Plan) -> list[str]:
+    beside = {
+        "data=online: the forward passes of the models": plan.store.online,
+        "training.recovered_tokens: copies of whole models on every GPU (2 bytes a parameter in bf16)": (
+            plan.has_recovered
+        ),
+    }
+    told = "their memory and the time they take on the same GPUs are not part of this plan."
+    return [f"{what}, {told}" for what, is_there in beside.items() if is_there]

@@ -212,12 +212,16 @@ def test_a_server_that_dies_costs_a_limited_wait(
 
 
 @pytest.mark.slow
-def test_a_full_disk_of_wandb_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_of_wandb_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """W&B itself says nothing, and its file is cut short."""
     with small_disk(tmp_path / "disk", 64) as disk:
         monkeypatch.setenv("WANDB_DIR", str(disk))
         command = Command(tmp_path / "run", 1, 2000, "offline")
         command.mirror._config.end_timeout_s = 20.0
         command.end(0)
+    assert f"W&B: The disk of {disk / 'wandb'}" in capfd.readouterr().err
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2000
 
 

@@ -12,7 +12,8 @@ from extract.activations import extract
 from extract.claims import Claims
 from extract.command import compose
 from extract.config import ExtractSettings
-from extract.progress import ProgressLog, TokensLog, metrics_of
+from extract.mirror import FAILED, STOPPED
+from extract.progress import ProgressLog, TokensLog, metrics_of, status_of
 from extract.status import Progress
 from extract.tokens import make_tokens
 from tests.wandb_files import isolate, offline_parts
@@ -102,6 +103,12 @@ def test_one_worker_at_a_time_keeps_the_log(study: list[str]):
         second.note()
         assert second._opened is not None
     assert [line["step"] for line in lines_of(settings)] == [0]
+
+
+@pytest.mark.parametrize(("ended_by", "expected"), [(None, 0), (KeyboardInterrupt, STOPPED), (OSError, FAILED)])
+def test_work_that_was_interrupted_is_not_failed(ended_by: type[BaseException] | None, expected: int):
+    """A signal of Slurm's becomes KeyboardInterrupt, and the requeued job goes on with the same W&B run."""
+    assert status_of(ended_by, 0) == expected
 
 
 @pytest.mark.slow

@@ -305,6 +305,12 @@ def test_online_nothing_is_read_and_no_activations_are_stored():
     plan = plan_of("data=online")
     assert all(option.time.read == 0 for option in plan.options) and plan.disk["activations"] == 0
     assert "computed while training" in report(plan) and any("data=online" in w for w in warnings(plan))
+    assert not any("training.recovered_tokens" in w for w in warnings(plan))
+
+
+def test_language_models_beside_training_are_said_to_be_left_out():
+    found = warnings(plan_of("training.recovered_tokens=1000"))
+    assert sum("training.recovered_tokens" in w and "not part of this plan" in w for w in found) == 1
 
 
 def test_durations():
