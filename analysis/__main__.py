@@ -46,9 +46,11 @@ def analyse(settings: AnalysisSettings) -> None:
 
 def _note_start(settings: AnalysisSettings) -> None:
     """Of a requeued job; see `extract.restarts`."""
-    finished = sum(1 for _ in Path(settings.outputs).glob("analysis/*/*.json"))
-    path = Path(settings.outputs) / "report" / "restarts.json"
-    note_start(path, finished, settings.max_restarts_without_progress, f"{finished} finished steps of the analysis")
+    outputs, limit = Path(settings.outputs), settings.max_restarts_without_progress
+    finished = {path.stat().st_mtime_ns: path for path in outputs.glob("analysis/*/*.json")}
+    newest = max(finished, default=0)  # their number stays the same where steps are done again
+    where = f"the end of {finished[newest].parent.name}: {finished[newest].stem}" if finished else "its first step"
+    note_start(outputs / "report" / "restarts.json", newest, limit, where)
 
 
 def save_settings(settings: AnalysisSettings, folder: Path) -> None:

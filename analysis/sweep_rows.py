@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from analysis.scaling import holders
 from extract.errors import BadInput
 from train.crosscoder import CONFIG_FILE, WEIGHTS_FILE, Crosscoder
 from train.histograms import delta_norm
-from train.runs import SECTIONS, deciding
+from train.runs import SECTIONS, deciding, leaves
 
 FINISHED = "finished"
 
@@ -114,15 +113,7 @@ def _row(outputs: Path, name: str, record: dict[str, Any], owner: OwnerConfig) -
 def result_settings_in(config_file: Path) -> dict[str, Any]:
     """The settings that decided a run, by their dotted names, from what it saved."""
     saved = yaml.safe_load(config_file.read_text())
-    return deciding(dict(leaf for section in SECTIONS if section in saved for leaf in _leaves(section, saved[section])))
-
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, child in value.items():
-            yield from _leaves(f"{name}.{key}", child)
-    else:
-        yield name, value
+    return deciding(dict(leaf for section in SECTIONS if section in saved for leaf in leaves(section, saved[section])))
 
 
 def state_of(settings: dict[str, Any], metrics: list[dict[str, Any]], record: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from extract.publish import publish
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a job: `restart` counts those before it; `progress` is what was done then, in units of the work."""
+    """One start of a job: `restart` counts those before it; `progress` is what was done, a number that work changes."""
 
     restart: int
     progress: int

@@ -22,34 +22,49 @@ class LocalLauncher(Launcher):
     """Members as processes of this machine, each of `ranks` ranks."""
 
     def __init__(self, ranks: int) -> None:
-        self._ranks = ranks
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        check_command()
-        self._config = config
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from train.sweep import run_sweep
         from train.sweep_local import LocalRunner
 
-        return run_sweep(self._config, job_overrides, LocalRunner(self._ranks))
+        self._runner = LocalRunner(ranks)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from train.sweep import Sweep
+
+        check_command()
+        self._sweep = Sweep(config)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        return self._sweep.run(job_overrides, initial_job_idx, self._runner)
 
 
 class SlurmLauncher(Launcher):
-    """Members as elements of a Slurm array; `options` are those of `train.sweep_slurm.SlurmOptions`."""
+    """Members as elements of a Slurm array; what each asks for, `train.sweep_slurm.SlurmOptions` explains."""
 
-    def __init__(self, **options: Any) -> None:
-        self._options = options
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        check_command()
-        self._config = config
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from train.sweep import run_sweep
+    def __init__(
+        self,
+        nodes: int,
+        ranks_per_node: int | None,
+        gpus_per_node: int | None,
+        time_min: int | None,
+        partition: str | None,
+        account: str | None,
+        gpu: str,
+        at_once: int,
+        sbatch: dict[str, Any],
+        wait: bool,
+    ) -> None:
         from train.sweep_slurm import SlurmOptions, SlurmRunner
 
-        return run_sweep(self._config, job_overrides, SlurmRunner(SlurmOptions(**self._options)))
+        asked = nodes, ranks_per_node, gpus_per_node, time_min, partition, account, gpu, at_once, sbatch, wait
+        self._runner = SlurmRunner(SlurmOptions(*asked))
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from train.sweep import Sweep
+
+        check_command()
+        self._sweep = Sweep(config)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        return self._sweep.run(job_overrides, initial_job_idx, self._runner)
 
 
 def check_command() -> None:

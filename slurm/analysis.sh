@@ -7,7 +7,7 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --output=%x-%j.log
 # Latents, labels, comparison and report of all crosscoders of a study: sbatch slurm/analysis.sh [experiment=STUDY] [key=value ...]
-# One process, on a GPU where it has one. What is up to date is not done again.
+# One process, on one GPU where it has any: sbatch --gpus-per-node=1 is enough. What is up to date is not done again.
 
 here=$(dirname -- "$0")
 [ -f "$here/common.sh" ] || here=${SLURM_SUBMIT_DIR:-.}/slurm # Slurm runs a copy of this file

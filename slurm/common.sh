@@ -20,7 +20,7 @@ CONTAINER=() SRUN_ARGS=()
 # shellcheck source=slurm/ending.sh
 . "$root/slurm/ending.sh"
 
-label=crossdiff again=${AGAIN:-} pids=() nodes=1 per_node=1 gpus=0 num_cpus=1 cpus=1
+label=crossdiff again=${AGAIN:-} pids=() nodes=1 per_node=1 gpus=0 num_cpus=1 cpus=1 threads=1 needs_gpus=yes
 # The number of an array's task: one of them has that of the whole array as SLURM_JOB_ID.
 this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 this_job=${this_job:-${SLURM_JOB_ID:-}}
@@ -102,10 +102,11 @@ PROBE
 
 # count_processes SHAPE ARGUMENT...: processes on each node, and the CPUs of each.
 count_processes() {
+  [ "$1" != one ] && [[ "$*" != *device=cpu* ]] || needs_gpus=""
   local given=${SLURM_GPUS_ON_NODE:-0} tasks=${SLURM_NTASKS_PER_NODE:-}
   nodes=${SLURM_JOB_NUM_NODES:-1}
   in_slurm || { given=0 tasks="" nodes=1; }
-  if [ "$given" != 0 ] && [ "$gpus" = 0 ] && [ "$1" != one ] && [[ "$*" != *device=cpu* ]]; then
+  if [ "$given" != 0 ] && [ "$gpus" = 0 ] && [ -n "$needs_gpus" ]; then
     fail "Slurm gave this job $given GPUs on a node, of which $PYTHON sees none: its torch is one for CPUs, or does" \
       "not fit the driver. Install another, or choose the CPU: training.device=cpu, activations.device=cpu."
   fi
@@ -118,7 +119,7 @@ count_processes() {
   num_cpus=$(tr ',' '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-$(nproc)}" | sed 's/(.*//' | sort -n | head -n 1)
   cpus=$((num_cpus / per_node))
   [ "$cpus" -gt 0 ] || cpus=1
-  shape=$1
+  threads=$cpus
 }
 
 # What only sbatch reads is not applied to a job that was submitted without it: say so.
@@ -129,9 +130,10 @@ compare_with_site() {
   if [ -n "${SBATCH_ACCOUNT:-}" ] && [ -n "${SLURM_JOB_ACCOUNT:-}" ] && [ "$SBATCH_ACCOUNT" != "$SLURM_JOB_ACCOUNT" ]; then
     say "note: this job is of account $SLURM_JOB_ACCOUNT, and $site says $SBATCH_ACCOUNT. Before sbatch: . slurm/site.sh"
   fi
-  if [ "${GPUS_PER_NODE:-0}" != 0 ] && [ "$gpus" = 0 ] && [ "$shape" != one ]; then
+  if [ "${GPUS_PER_NODE:-0}" != 0 ] && [ "$gpus" = 0 ] && [ -n "$needs_gpus" ]; then
     fail "This job has no GPUs, and $site says GPUS_PER_NODE=$GPUS_PER_NODE. Enter \`. slurm/site.sh\` before sbatch," \
-      "or ask for them: sbatch --gpus-per-node=$GPUS_PER_NODE slurm/$label"
+      "ask for them, sbatch --gpus-per-node=$GPUS_PER_NODE slurm/$label, or choose the CPU: training.device=cpu," \
+      "activations.device=cpu."
   fi
 }
 
@@ -169,7 +171,8 @@ find_interface() {
 free_port() { while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done; }
 
 run() {
-  export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+  export PYTHONUNBUFFERED=1
+  [ -z "$threads" ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
   [ -t 2 ] || export TQDM_MININTERVAL=${TQDM_MININTERVAL:-60} # a line of a log
   [ -z "${INTERFACE:-}" ] || export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
   [ -z "$heard" ] || ended 130

@@ -85,27 +85,48 @@ ended() {
   if [ "$status" -gt 130 ]; then
     what="a process was killed by signal $((status - 128)) (9: most often out of memory). What was saved is kept; to continue: $again"
   fi
-  if may_continue "$status" && is_batch; then
-    requeue "$status"
+  if is_batch; then
+    [ "$status" -lt 70 ] || sleep 1 # who cancels a job asks its processes and this shell at about the same time
+    ! may_continue "$status" || requeue "$status"
   fi
   [ "$heard" != TERM ] || what="ended by SIGTERM (scancel, preemption or the end of its time). What was saved is kept; unless Slurm requeues it, to continue: $again"
   say "$what"
   exit "$status"
 }
 
-# Whether the same command would continue: stopped, hung, killed, or ended anyhow after Slurm said that time is up.
+# Whether the same command would continue: stopped (75, and 130 where there is no more to save), hung, killed, or ended
+# anyhow after Slurm said that time is up. At pre-emption with a GraceTime Slurm sends SIGTERM to the processes alone, and
+# a job that ends then is not requeued unless it asks. Where this shell hears SIGTERM too, the job is being cancelled, or
+# requeued by Slurm itself.
 may_continue() {
   [ "$1" != 2 ] && [ "$heard" != TERM ] && [ "$heard" != INT ] || return 1
-  [ "$1" = 70 ] || [ "$1" = 75 ] || [ "$1" -gt 130 ] || [ "$heard" = USR1 ]
+  [ "$1" = 70 ] || [ "$1" = 75 ] || [ "$1" -ge 130 ] || [ "$heard" = USR1 ]
 }
 
+# Restarts without progress are bounded by Python (extract/restarts.py), but for a process that dies before it gets there.
+max_early_deaths=10
+is_in_vain() {
+  [ "$1" != 75 ] && [ "$1" != 130 ] && [ -z "$heard" ] && [ "$SECONDS" -lt 900 ] &&
+    [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_early_deaths" ]
+}
+
+# A controller that does not answer for a moment is asked again.
 requeue() {
+  if is_in_vain "$1"; then
+    say "this job was restarted $SLURM_RESTART_COUNT times, and died $SECONDS s after this start: it is not requeued."
+    return
+  fi
   say "status $1: not finished, what was saved is kept; this job is requeued and continues by itself. To prevent that: scancel $this_job"
   trap 'exit 75' TERM
-  if scontrol requeue "$this_job"; then
-    sleep 60 & # Slurm ends this script now
-    wait $!
-    exit "$1"
-  fi
-  say "it could not be requeued: see above."
+  local end=$((SECONDS + 60))
+  until scontrol requeue "$this_job"; do
+    if [ "$SECONDS" -ge "$end" ]; then
+      say "it could not be requeued: see above."
+      return
+    fi
+    sleep 5
+  done
+  sleep 60 & # Slurm ends this script now
+  wait $!
+  exit "$1"
 }

@@ -4,10 +4,12 @@
 #   bash slurm/pipeline.sh [experiment=STUDY] [key=value ...]     tokens -> extract (array) -> train (each pair) -> analysis
 #
 # What can be refused is refused before the first job is submitted. Each setting goes to the stages that know it. Run it
-# again, once its jobs have ended, to do what is missing. From slurm/site.sh or the environment:
+# again, once its jobs have ended, to do what is missing. Where there is no Slurm, the stages run here one after another.
+# From slurm/site.sh or the environment:
 #
 #   EXTRACT_TASKS=4  TRAIN_NODES=1     array tasks of the extraction, nodes of a training
 #   GPUS_PER_NODE=8  GPU=h100          of the nodes; with the name memory is checked against the plan
+#   RANKS_PER_NODE=8                   processes on a node, if not one for each GPU
 #   SBATCH_ARGS, TOKENS_ARGS, EXTRACT_ARGS, TRAIN_ARGS, ANALYSIS_ARGS      options of sbatch, for all jobs and for each
 
 # shellcheck source=slurm/common.sh
@@ -15,12 +17,17 @@
 
 main() {
   label=pipeline.sh again="bash slurm/pipeline.sh$([ $# -eq 0 ] || printf ' %q' "$@")"
-  command -v sbatch >/dev/null || fail "there is no sbatch here. Run the stages by hand: bash slurm/tokens.sh, extract.sh, train.sh, analysis.sh."
+  has_slurm=$(command -v sbatch)
+  [ -n "$has_slurm" ] || listen
   arguments_of gemma2_9b "$@"
   find_python
   sort_arguments
   preflight
   mkdir -p "$outputs/logs" || fail "$outputs/logs cannot be made: choose another place, outputs=PATH."
+  if [ -z "$has_slurm" ]; then
+    study
+    ended 0
+  fi
   refuse_twice
   testing=yes
   study
@@ -45,17 +52,23 @@ sort_arguments() {
 
 # Settings and memory of every pair; which pairs there are, and where the study writes.
 preflight() {
-  local per_node=${RANKS_PER_NODE:-${GPUS_PER_NODE:-1}} more found
+  local per_node=${RANKS_PER_NODE:-${GPUS_PER_NODE:-1}} num_nodes=${TRAIN_NODES:-1} gpu=${GPU:-none} more found
+  [ -n "$has_slurm" ] || per_node=${RANKS_PER_NODE:-$gpus} num_nodes=1 gpu=auto
   [ "$per_node" -gt 0 ] || per_node=1
-  more=("gpus=$((per_node * ${TRAIN_NODES:-1}))" "gpus_per_node=$per_node" "gpu=${GPU:-none}" needs_store=false)
+  more=("gpus=$((per_node * num_nodes))" "gpus_per_node=$per_node" "gpu=$gpu" needs_store=false)
   [ "${more[0]}" = gpus=1 ] || has engine "${train[@]}" || more+=(engine=latent)
-  if [[ " ${SBATCH_ARGS[*]} ${TRAIN_ARGS[*]}" != *" --time"* ]]; then
-    more+=("walltime=${SBATCH_TIMELIMIT:-24:00:00}" "partition_limit=$(partition_limit)")
+  ! asked --nodes N || fail "TRAIN_ARGS and SBATCH_ARGS cannot have --nodes: TRAIN_NODES says how many, and what is checked."
+  if [ -n "$has_slurm" ] && ! asked --time t; then
+    more+=("walltime=${SBATCH_TIMELIMIT:-24:00:00}")
+    asked --partition p || more+=("partition_limit=$(partition_limit)")
   fi
   found=$("${python[@]}" -m train.preflight "${train[@]}" "${more[@]}") || ended $?
   mapfile -t pairs < <(sed -n 's/^pair //p' <<<"$found")
   outputs=$(sed -n 's/^outputs //p' <<<"$found")
 }
+
+# asked --LONG SHORT: whether options for training name this one of sbatch.
+asked() { [[ " ${SBATCH_ARGS[*]} ${TRAIN_ARGS[*]} " =~ \ ("$1"[=\ ]|-"$2") ]]; }
 
 # The longest time of the partition that jobs go to; one that asks for more would wait for ever.
 partition_limit() {
@@ -89,13 +102,17 @@ study() {
     stage "train_$pair" "$script" "${jobs[1]}" "--nodes=${TRAIN_NODES:-1} ${TRAIN_ARGS[*]}" "${own[@]}"
     trained+=${trained:+:}$job
   done
-  stage analysis analysis.sh "$trained" "${ANALYSIS_ARGS[*]}" "${analysis[@]}"
+  stage analysis analysis.sh "$trained" "$(one_gpu) ${ANALYSIS_ARGS[*]}" "${analysis[@]}"
 }
 
 # stage NAME SCRIPT AFTER OPTIONS ARGUMENT...: submit one job, its number in `job`; or ask Slurm whether it would take it.
 stage() {
   local name=$1 script=slurm/$2 after=$3 options=() said
   local submit=(sbatch)
+  if [ -z "$has_slurm" ]; then
+    run_here bash "$script" "${@:5}"
+    return
+  fi
   # shellcheck disable=SC2206 # options are words
   options=(${SBATCH_ARGS[*]} $4 --job-name="$name" --output="$outputs/logs/%x-%j.log")
   [ "$name" != extract ] || options+=(--output="$outputs/logs/%x-%A_%a.log")
@@ -113,6 +130,25 @@ stage() {
   job=${said%%;*}
   printf '%s %s\n' "$name" "$job" >>"$outputs/logs/jobs"
   jobs+=("$job") report+=("$(printf '%-24s %s' "$name" "$job")")
+}
+
+# A stage on this machine, to its end. Asked to end, this script asks the stage, whose last lines have said what is left.
+run_here() {
+  [ -z "$heard" ] || ended 130
+  "$@" &
+  pids=($!)
+  await
+  pids=()
+  [ "$status" = 0 ] || ended "$status"
+}
+
+# One GPU of as many as each node is asked for, of the same kind.
+one_gpu() {
+  case ${SBATCH_GPUS_PER_NODE:-0} in
+    0) ;;
+    *:*) echo "--gpus-per-node=${SBATCH_GPUS_PER_NODE%:*}:1" ;;
+    *) echo "--gpus-per-node=1" ;;
+  esac
 }
 
 # Nodes that are down for the moment are no reason: jobs wait for them.

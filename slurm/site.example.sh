@@ -39,6 +39,9 @@ export WANDB_MODE=${WANDB_MODE:-offline}
 # export HF_HOME=/data/huggingface HF_HUB_OFFLINE=1
 
 # Options for jobs of pipeline.sh: for all, and for each stage.
-# SBATCH_ARGS="--mail-type=FAIL"  TOKENS_ARGS="--partition=cpu --cpus-per-task=4"  TRAIN_ARGS="--nodes=2"
+# SBATCH_ARGS="--mail-type=FAIL"  TOKENS_ARGS="--partition=cpu --cpus-per-task=4"  TRAIN_ARGS="--time=48:00:00"
 EXTRACT_TASKS=${EXTRACT_TASKS:-4} # nodes that extract at the same time
+TRAIN_NODES=${TRAIN_NODES:-1}     # nodes that train one crosscoder
+# Processes on a node, where it is not to be one for each GPU: on nodes without GPUs several divide the CPUs.
+# export RANKS_PER_NODE=4
 # More options for srun: SRUN_ARGS=(--cpu-bind=none)

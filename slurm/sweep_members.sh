@@ -6,4 +6,5 @@
 . "$(dirname -- "$0")/common.sh" || exit 2
 
 prepare sweep_members.sh one "$@"
+threads="" # members divide the CPUs of the node themselves
 run "${python[@]}" -m train.sweep_members "$@"

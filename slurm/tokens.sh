@@ -7,8 +7,9 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --output=%x-%j.log
 # Documents -> token shards: sbatch slurm/tokens.sh [experiment=STUDY] [key=value ...]
-# One process, no GPU. It downloads datasets and tokenizers that are not in the cache yet: where nodes have no internet,
-# run it where there is some, `bash slurm/tokens.sh`.
+# One process, no GPU; to ask for none where slurm/site.sh does: env -u SBATCH_GPUS_PER_NODE -u SBATCH_CPUS_PER_GPU sbatch ...
+# It downloads datasets and tokenizers that are not in the cache yet: where nodes have no internet, run it where there is
+# some, `bash slurm/tokens.sh`.
 
 here=$(dirname -- "$0")
 [ -f "$here/common.sh" ] || here=${SLURM_SUBMIT_DIR:-.}/slurm # Slurm runs a copy of this file

@@ -22,6 +22,8 @@ num_ranks=$((nodes * per_node))
 [ "$num_ranks" -eq 1 ] || has engine "${arguments[@]}" || arguments+=(engine=latent)
 [ -z "${STAGING:-}" ] || has data.staging "${arguments[@]}" || arguments+=("data.staging=$STAGING")
 limits=("gpus=$num_ranks" "gpus_per_node=$per_node")
-! in_slurm || limits+=("walltime=$(squeue --noheader --jobs="$this_job" --format=%l)")
+if in_slurm && limit=$(squeue --noheader --jobs="$this_job" --format=%l) && [ -n "$limit" ]; then
+  limits+=("walltime=$limit") # not checked where Slurm does not answer
+fi
 "${python[@]}" -m train.preflight "${arguments[@]}" "${limits[@]}" >/dev/null || ended $?
 run "${python[@]}" -m train "${arguments[@]}"

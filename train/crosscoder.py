@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -174,11 +174,29 @@ class Crosscoder(nn.Module):
         try:
             crosscoder.load_state_dict(_intact_weights(folder, config))
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-            raise BadInput(
-                f"{folder / WEIGHTS_FILE} is missing or damaged ({error}). Copy the folder again or train again."
-            ) from error
+            raise _damaged(folder / WEIGHTS_FILE, error) from error
         crosscoder.threshold, crosscoder.trained_with = config["threshold"], config.get("trained_with", {})
         return crosscoder.to(device)
+
+
+def intact_trained_with(folder: Path) -> dict[str, Any]:
+    """`trained_with` of the crosscoder that `save` wrote, with no weights in memory. BadInput as by `load`."""
+    config = _read_config(folder)
+    if "sha256" not in config:  # an early one, whose weights only loading can judge
+        return Crosscoder.load(folder).trained_with
+    path, size = folder / WEIGHTS_FILE, CrosscoderConfig(**config["crosscoder"]).num_latents
+    num_models, d_model = len(config["models"]), config["d_model"]
+    shapes = {"W_enc": [size, num_models * d_model], "activation_mean": [num_models, d_model]}
+    try:
+        _check_sha256(path, config)
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in shapes}
+        if found != shapes:
+            raise ValueError(f"its weights are of {found}, and {CONFIG_FILE} says {shapes}")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _damaged(path, error) from error
+    found_with: dict[str, Any] = config.get("trained_with", {})
+    return found_with
 
 
 def _owners(config: CrosscoderConfig, num_models: int) -> Tensor:
@@ -191,10 +209,17 @@ def _owners(config: CrosscoderConfig, num_models: int) -> Tensor:
 
 def _intact_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of a folder; ValueError when they are not what was saved, as far as its configuration tells."""
-    path = folder / WEIGHTS_FILE
+    _check_sha256(folder / WEIGHTS_FILE, config)
+    return load_file(folder / WEIGHTS_FILE)
+
+
+def _check_sha256(path: Path, config: dict[str, Any]) -> None:
     if "sha256" in config and sha256_of(path) != config["sha256"]:
         raise ValueError(f"its sha256 is not the one in {CONFIG_FILE}")
-    return load_file(path)
+
+
+def _damaged(weights: Path, error: Exception) -> BadInput:
+    return BadInput(f"{weights} is missing or damaged ({error}). Copy the folder again or train again.")
 
 
 def _read_config(folder: Path) -> dict:

@@ -55,7 +55,7 @@ def hookpoint_of(settings: TrainSettings) -> str:
 def result_settings(settings: TrainSettings) -> dict[str, Any]:
     """The settings that decide what training computes, as {dotted name: value}, sorted by name."""
     values = dataclasses.asdict(settings)
-    return deciding({name: leaf for section in SECTIONS for name, leaf in _leaves(section, values[section])})
+    return deciding({name: leaf for section in SECTIONS for name, leaf in leaves(section, values[section])})
 
 
 def deciding(settings: dict[str, Any]) -> dict[str, Any]:
@@ -92,9 +92,10 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
+def leaves(name: str, value: Any) -> list[tuple[str, Any]]:
+    """What a section of settings holds, by dotted names that begin with its own."""
     if isinstance(value, dict):
-        return [leaf for key, child in value.items() for leaf in _leaves(f"{name}.{key}", child)]
+        return [leaf for key, child in value.items() for leaf in leaves(f"{name}.{key}", child)]
     return [(name, value)]
 
 

@@ -27,6 +27,7 @@ import torch
 from train.config import TrainSettings
 from train.ring import READER
 from train.runs import result_settings, selected_pair
+from train.stops import starting_deaf
 from train.sweep import Member, status_text
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ END_S = 30.0  # seconds in which a reader ends whose members have all left
 
 def run_members(members: Sequence[Member], signals: PassedOn) -> list[int | None]:
     """Train members that are runs of one process, each as its own `command`; their statuses in order, as `subprocess`
-    has them. On GPUs as many at a time as there are, one on each; elsewhere all at a time, with an equal part of the
+    has them. On GPUs as many at a time as there are, one on each; elsewhere all at a time; with an equal part of the
     cores. None for those that were not started, because `signals` asked to stop before.
 
     A member's output is appended to LOG_FILE in its run folder; this process says what it runs, and how each ended when
@@ -93,7 +94,7 @@ def _run(members: list[Member], gpus: list[str], signals: PassedOn) -> list[int]
         ]
         processes = []
         for number, (member, end) in enumerate(zip(members, ends, strict=True)):
-            own = _gpu_of(member, gpus[number]) if gpus else _part_of_cores(len(members))
+            own = part_of_cores(len(members)) | (_gpu_of(member, gpus[number]) if gpus else {})
             processes.append(_start(member, end, own))
             opened.callback(processes[-1].terminate)  # where the next one cannot be started; else it has ended
         return signals.wait(processes, lambda number, status: _ended(members[number], status))
@@ -110,10 +111,11 @@ def _gpu_of(member: Member, gpu: str) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": gpu} if member.settings.training.device in ("auto", "cuda") else {}
 
 
-def _part_of_cores(num_members: int) -> dict[str, str]:
-    """The threads of one of several processes, where the environment does not say them."""
-    threads = max(1, torch.get_num_threads() // num_members)
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+def part_of_cores(num_members: int) -> dict[str, str]:
+    """The threads of one of several processes: an equal part of those that this process would have, which are the cores
+    or, where the environment says OMP_NUM_THREADS, so many.
+    """
+    return {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_members))}
 
 
 def _ends(members: list[Member], opened: ExitStack) -> list[socket.socket | None]:
@@ -143,13 +145,14 @@ def _reader(overrides: list[str], ends: list[socket.socket]) -> Iterator[None]:
     """A reader at its ends of sockets, which it ends by itself; killed if it does not."""
     descriptors = [end.fileno() for end in ends]
     command = [sys.executable, "-m", "train.reader", ",".join(map(str, descriptors)), *overrides]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        pass_fds=descriptors,
-        env={**_environment(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        start_new_session=True,  # a terminal's Ctrl-C is for the members
-    )
+    with starting_deaf():  # srun passes signals to all processes of a job
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            pass_fds=descriptors,
+            env={**_environment(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            start_new_session=True,  # a terminal's Ctrl-C is for the members
+        )
     for end in ends:
         end.close()
     try:
@@ -170,7 +173,7 @@ def _start(member: Member, end: socket.socket | None, own: dict[str, str]) -> su
     descriptors = [] if end is None else [end.fileno()]
     told = {} if end is None else {READER: str(end.fileno())}
     member.log_file = member.log_file or str(member.folder / LOG_FILE)
-    with open(member.folder / LOG_FILE, "ab") as file:
+    with open(member.folder / LOG_FILE, "ab") as file, starting_deaf():
         process = subprocess.Popen(
             member.command,
             stdin=subprocess.DEVNULL,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from train.ending import FailedElsewhere
@@ -52,6 +53,18 @@ class StopRequest:
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def starting_deaf() -> Iterator[None]:
+    """A block whose child processes ignore SIGUSR1 until they listen, with StopRequest, and again when it acts as
+    usual, rather than die of it. For a moment this process ignores it too: it is sent more than once, or waited for.
+    """
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 class Turns:

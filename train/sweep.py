@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -28,9 +29,10 @@ from extract.errors import BadInput
 from extract.manifest import Manifest
 from extract.publish import publish
 from train.config import TrainSettings
-from train.crosscoder import Crosscoder
+from train.crosscoder import intact_trained_with
 from train.ending import EXIT_FAILED
 from train.meeting import Place
+from train.preflight import check_store
 from train.runs import result_settings, run_folder, selected_pair
 from train.stops import EXIT_STOPPED
 
@@ -91,29 +93,60 @@ class Runner(Protocol):
         """Run `members`, recording how each ended; whether it was asked to stop before all had."""
 
 
-def run_sweep(config: DictConfig, job_overrides: Sequence[Sequence[str]], runner: Runner) -> list[JobReturn]:
-    """Run those members that are not finished; what Hydra's sweeper is told of every one, `objective` among it.
+@dataclass
+class Sweep:
+    """One `python -m train -m`, whose members Hydra's sweeper hands over all at once or, in a search, some at a time.
 
-    Exits with EXIT_BAD_INPUT and one line for a sweep that cannot be, with EXIT_STOPPED when asked to stop, and unless
-    it is a search, which goes on, with EXIT_FAILED and a list of the members that are not finished.
+    Of a search it is known what `failed` so far, by folders, and whether any member `has_value` to go by.
     """
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("train").setLevel(logging.INFO)
-    try:
-        members = members_of(config, job_overrides)
-        missing = [member for member in members if not is_finished(member.settings, member.folder)]
-        log.info("%s: %d of %d members to run", members[0].group, len(missing), len(members))
-        stopped = bool(missing) and runner(missing)
-    except BadInput as error:
-        _exit(EXIT_BAD_INPUT, f"error: {error}")
-    failed = [member for member in missing if not is_finished(member.settings, member.folder)]
-    if stopped:
-        _exit(EXIT_STOPPED, f"Stopped with {len(failed)} of {len(members)} members to do; the same command continues.")
-    if failed and not is_search(config):
-        _exit(EXIT_FAILED, summary(members, failed))
-    if not is_search(config):
+
+    config: DictConfig
+    failed: dict[Path, Member] = field(default_factory=dict)
+    has_value: bool = False
+
+    def run(self, job_overrides: Sequence[Sequence[str]], number: int, runner: Runner) -> list[JobReturn]:
+        """Run those members that are not finished, of which `number` is the first's; what Hydra's sweeper is told of
+        every one, `objective` among it.
+
+        Exits with EXIT_BAD_INPUT and one line for a sweep that cannot be, with EXIT_STOPPED when asked to stop, and
+        with EXIT_FAILED and a list of the members that are not finished. A search goes on instead, and so ends only
+        where it has nothing to choose by: at its end, or once a member ends with EXIT_BAD_INPUT.
+        """
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("train").setLevel(logging.INFO)
+        try:
+            members = members_of(self.config, job_overrides)
+            runs = list({member.folder: member for member in members}.values())
+            missing = [member for member in runs if not is_finished(member.settings, member.folder)]
+            if is_search(self.config):
+                for member in missing:
+                    check_store(member.settings)
+            log.info("%s: %d of %d members to run", runs[0].group, len(missing), len(runs))
+            stopped = bool(missing) and runner(missing)
+        except BadInput as error:
+            _exit(EXIT_BAD_INPUT, f"error: {error}")
+        failed = {member.folder: member for member in missing if not is_finished(member.settings, member.folder)}
+        if stopped:
+            _exit(EXIT_STOPPED, f"Stopped with {len(failed)} of {len(runs)} members to do; the same command continues.")
+        if is_search(self.config):
+            return self._searched(members, failed, number + len(members))
+        if failed:
+            _exit(EXIT_FAILED, summary(runs, list(failed.values())))
         log.info("All members are finished; `python -m analysis.sweep` compares the runs of the study")
-    return [_returned(member, member in failed) for member in members]
+        return [_returned(member, False) for member in members]
+
+    def _searched(self, members: list[Member], failed: dict[Path, Member], num_tried: int) -> list[JobReturn]:
+        """What a search is told of members, of which some `failed`, once `num_tried` members were tried in all."""
+        self.failed |= failed
+        runs = {member.folder: member for member in members}
+        told = {folder: _returned(member, folder in failed) for folder, member in runs.items()}
+        done = [each for each in told.values() if each.status == JobStatus.COMPLETED]
+        self.has_value |= any(each.return_value is not None for each in done)
+        is_input = any(member.ended == status_text(EXIT_BAD_INPUT) for member in failed.values())
+        is_last = num_tried >= self.config.hydra.sweeper.get("n_trials", math.inf)
+        if not self.has_value and (is_input or is_last):
+            _exit(EXIT_BAD_INPUT if is_input else EXIT_FAILED, without_value(list(self.failed.values()), num_tried))
+        return [told[member.folder] for member in members]
 
 
 def is_search(config: DictConfig) -> bool:
@@ -125,6 +158,15 @@ def summary(members: list[Member], failed: list[Member]) -> str:
     """Which members are not finished, and what to do."""
     start = f"error: {len(failed)} of {len(members)} members are not finished; the same command runs them again"
     return "\n".join([f"{start}, or one alone:", *(member.ending() for member in failed)])
+
+
+def without_value(failed: list[Member], num_tried: int) -> str:
+    """Why a search has found nothing, and what to do."""
+    start = f"error: {num_tried} trials gave this search nothing to choose by."
+    if not failed:
+        return f"{start} None has a variance explained of held-out tokens. Is data.heldout_fraction=0?"
+    start += " The errors of those that failed say why; the same command tries them again, or one alone:"
+    return "\n".join([start, *(member.ending() for member in failed)])
 
 
 def _exit(status: int, message: str) -> NoReturn:
@@ -142,7 +184,9 @@ def _returned(member: Member, has_failed: bool) -> JobReturn:
 
 
 def members_of(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> list[Member]:
-    """The members of a sweep. BadInput where one run would be trained twice, and under torchrun."""
+    """The members of a sweep; one run is the same member, each time that a search chooses it. BadInput under torchrun,
+    and where one run would be trained twice otherwise.
+    """
     if Place.of(os.environ).launched:
         raise BadInput(
             "A sweep starts the ranks of its members itself. Run `python -m train -m ...` without torchrun or srun, "
@@ -155,8 +199,9 @@ def members_of(config: DictConfig, job_overrides: Sequence[Sequence[str]]) -> li
     numbers = dict[Path, int]()
     for number, member in enumerate(members):
         other = numbers.setdefault(member.folder, number)
-        if other != number:
+        if other != number and not is_search(config):
             raise BadInput(_one_run(member.folder, job_overrides[other], job_overrides[number]))
+        members[number] = members[other]
     return members
 
 
@@ -191,7 +236,7 @@ def is_finished(settings: TrainSettings, folder: Path) -> bool:
     where there are no manifests of a store on this machine, as with data=online, they are taken to be the same.
     """
     try:
-        trained_with = Crosscoder.load(folder / "crosscoder").trained_with
+        trained_with = intact_trained_with(folder / "crosscoder")
     except BadInput:
         return False
     members = settings.pairs[selected_pair(settings)]

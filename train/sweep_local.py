@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -13,12 +14,13 @@ from types import FrameType
 
 from extract.errors import BadInput
 from train.shared_reader import run_members
-from train.stops import EXIT_STOPPED, StopRequest
+from train.stops import EXIT_STOPPED, StopRequest, starting_deaf
 from train.sweep import Member, status_text
 from train.watchdog import EXIT_HANG
 
 log = logging.getLogger(__name__)
 LOOK_S = 0.2  # seconds between looks at the processes
+INSIST_S = 3.0  # seconds after which those that still run hear SIGUSR1 again
 
 
 class LocalRunner:
@@ -37,7 +39,8 @@ class LocalRunner:
         with PassedOn() as signals:
             for number, member in enumerate(members, 1):
                 log.info("[%d/%d] %s", number, len(members), member.name)
-                processes = [subprocess.Popen(member.command, env=own) for own in environments(self._ranks)]
+                with starting_deaf():
+                    processes = [subprocess.Popen(member.command, env=own) for own in environments(self._ranks)]
                 member.ended = status_text(status_of_ranks(signals.wait(processes)))
                 member.record()
                 if signals.requested:
@@ -68,13 +71,15 @@ def check_sharing(ranks: int, setting: str) -> None:
 
 
 class PassedOn:
-    """Hands SIGINT, SIGTERM and SIGUSR1 to the processes that are waited for, whose second one acts as usual.
+    """Hands SIGINT, SIGTERM and SIGUSR1 to the processes that are waited for, whose second SIGINT or SIGTERM acts as
+    usual. A terminal sends SIGINT to all of them by itself: what comes twice within seconds is one request.
 
-    A terminal sends SIGINT to all of them by itself: what comes twice within seconds is one request.
+    However often SIGUSR1 comes, it is one request: it is handed on until they have ended, for those that do not listen
+    yet have not heard it. They are to be started in a block `starting_deaf`.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, self._insist_at = False, math.inf
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> PassedOn:
@@ -94,6 +99,7 @@ class PassedOn:
             self._pass_on(signal.SIGTERM, None)
         while len(statuses) < len(processes):
             time.sleep(LOOK_S)
+            self._insist()
             for number, process in enumerate(processes):
                 if number not in statuses and (status := process.poll()) is not None:
                     statuses[number] = status
@@ -102,6 +108,17 @@ class PassedOn:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        if number == signal.SIGUSR1:
+            self._insist_at = min(self._insist_at, time.monotonic())
+        else:
+            self._send(number)
+
+    def _insist(self) -> None:
+        if time.monotonic() >= self._insist_at:
+            self._send(signal.SIGUSR1)
+            self._insist_at = time.monotonic() + INSIST_S
+
+    def _send(self, number: int) -> None:
         for process in self._processes:
             process.send_signal(number)
 

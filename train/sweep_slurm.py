@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOK_S = 5.0  # seconds between looks at the queue
-# Slurm's words for jobs that do not go on; a requeued one is PENDING again.
+# Slurm's words for jobs that do not go on; a requeued one is PENDING again, a preempted one where it is not requeued.
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
+OVER |= {"PREEMPTED", "REVOKED"}
 FORGOTTEN = "FORGOTTEN"  # our word for one that Slurm no longer lists, minutes after its end
 # Why jobs wait for ever, and what to do.
 NEVER = {
@@ -249,6 +250,8 @@ class Job:
     def __str__(self) -> str:
         if self.state == "FAILED":
             return status_text(self.status)
+        if self.state == FORGOTTEN:
+            return "ended some time ago (Slurm has forgotten the job)"
         waits = f" ({self.reason})" if self.state == "PENDING" and self.reason != "None" else ""
         return self.state + waits + NEVER.get(self.reason, "")
 

@@ -94,7 +94,9 @@ def test_a_job_that_is_requeued_without_a_finished_step_in_between_is_refused(
     step.parent.mkdir(parents=True)
     step.write_text("{}")
     start(1, "manifest.json is missing")
-    start(2, "Job 5 began 1 times at 1 finished steps of the analysis .*max_restarts_without_progress=0")
+    step.write_text("{ }")  # done again, as after another training
+    start(2, "manifest.json is missing")
+    start(3, "Job 5 began 1 times at the end of base_tuned: latents .*max_restarts_without_progress=0")
 
 
 def test_the_report_covers_the_finished_pairs_of_the_same_overrides(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def test_offline_parts_are_uploaded_as_one_run(tmp_path: Path):
     second.mirror.artifact("a", "b", {"m.jsonl": tmp_path / "metrics.jsonl"})
     second.end(0)
     with StubServer() as server:
-        command = ["wandb", "sync", *sorted(map(str, tmp_path.glob("wandb/offline-run-*")))]
+        command = [sys.executable, "-m", "wandb", "sync", *sorted(map(str, tmp_path.glob("wandb/offline-run-*")))]
         for _ in range(2):
             done = subprocess.run(command, env=os.environ | server.environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
@@ -235,7 +236,7 @@ def test_what_is_left_of_a_killed_command_ends_by_itself(tmp_path: Path):
     )
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests" / "extract")])}
-    done = subprocess.run(["python", "-c", code], cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 9
     deadline = time.monotonic() + 200
     while Path(f"/proc/{int(done.stdout)}").exists():

@@ -115,7 +115,8 @@ class Daemons:
             )
 
     def _num_idle(self) -> int:
-        names = self.run(self.plan.hosts[0], "sinfo", "--noheader", "--Node", "--states=idle", "--format=%N")
+        partition = ["--partition=main", "--states=idle"]
+        names = self.run(self.plan.hosts[0], "sinfo", "--noheader", "--Node", *partition, "--format=%N")
         return len((names or "").split())
 
     def _until(self, name: str, ready: Callable[[], bool]) -> None:

@@ -12,7 +12,8 @@ from tests.slurm.hosts import Host
 GPUS_PER_NODE = 2
 ACCOUNT = "lab"  # the account of the user
 
-# Nodes look as large as those of a cluster, so that scripts may ask for what they would ask there.
+# Nodes look as large as those of a cluster, so that scripts may ask for what they would ask there. Jobs of `urgent`
+# pre-empt those of `main`.
 SLURM = """\
 ClusterName=tests
 SlurmctldHost={controller.name}({controller.address})
@@ -48,7 +49,11 @@ KillWait=5
 MinJobAge=3600
 JobRequeue=1
 SlurmdParameters=config_overrides
-PartitionName=main Nodes=ALL Default=YES MaxTime=2-00:00:00 DefaultTime=5 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=DEFAULT Nodes=ALL MaxTime=2-00:00:00 DefaultTime=5 State=UP
+PartitionName=main Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent PriorityTier=10 PreemptMode=OFF MaxTime=30
 """
 NODE = "NodeName={host.name} NodeHostname={hostname} NodeAddr={host.address} Port={port} CPUs=64 RealMemory=2000000 \
 Gres=gpu:{gpus} State=UNKNOWN\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import venv
@@ -45,6 +46,21 @@ def test_a_study_whose_jobs_have_not_ended_is_not_submitted_again(cluster: Clust
     assert cluster.must("squeue", "--noheader") == ""
 
 
+def test_a_pipeline_asks_for_what_the_stages_need(cluster: Cluster, studied: Studied) -> None:
+    """The site's hour is more than the partition allows, and its GPUs are for training: options say otherwise."""
+    site = {"SBATCH_PARTITION": "urgent", "SBATCH_GPUS_PER_NODE": "2", "SBATCH_CPUS_PER_GPU": "8"}
+    refused = pipeline(cluster, studied, SBATCH_ARGS="--hold", **site)
+    assert refused.returncode == 2 and "exceeds that of the partition" in refused.stdout
+    nodes = pipeline(cluster, studied, SBATCH_ARGS="--hold -t 30", TRAIN_ARGS="--nodes=2", **site)
+    assert nodes.returncode == 2 and "TRAIN_NODES" in nodes.stdout
+    done = pipeline(cluster, studied, SBATCH_ARGS="--hold -t 30", **site)
+    assert done.returncode == 0, done.stdout
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE))
+    gpus = {stage: cluster.shown(job)[0].get("TresPerNode", "none") for stage, job in jobs.items()}
+    assert [gpus[stage][-1] for stage in ("extract", "train_base_tuned", "analysis")] == ["2", "2", "1"], gpus
+    assert gpus["tokens"] == "none"
+
+
 def test_memory_that_does_not_suffice_is_said_before_anything_is_submitted(cluster: Cluster, studied: Studied) -> None:
     settings = ["training.device=auto", "crosscoder.num_latents=2_000_000_000"]
     done = pipeline(cluster, studied, *settings, GPU="h100", GPUS_PER_NODE="2")
@@ -65,8 +81,15 @@ def test_a_missing_store_ends_a_job_for_good(cluster: Cluster, studied: Studied)
 
 
 def test_a_time_limit_below_a_checkpoint_interval_ends_a_job_for_good(cluster: Cluster, studied: Studied) -> None:
+    """Three minutes are what start-up and notice take. How long an interval is the finished run of the study says."""
+    job = studied.checkout.train(cluster, "small", "--time=3")
+    assert_refused(cluster, job, "3:00", "s to a checkpoint at", "training.checkpoint_every=50", "--time=")
+
+
+def test_a_time_limit_below_start_up_and_notice_ends_a_job_for_good(cluster: Cluster, studied: Studied) -> None:
+    """No speed is known of a run that never began."""
     job = studied.checkout.train(cluster, "short", "--time=2")
-    assert_refused(cluster, job, "2:00", "training.checkpoint_every=50", "--time=")
+    assert_refused(cluster, job, "2:00", "(start-up 60 s, notice to save 120 s)", "--time=")
 
 
 def test_an_environment_without_the_packages_ends_a_job_for_good(

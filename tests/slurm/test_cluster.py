@@ -55,4 +55,4 @@ def test_a_killed_owner_takes_daemons_jobs_and_files_along(cluster: Cluster) -> 
         time.sleep(0.1)
     assert not folder.exists()
     assert not list(marked(mark))
-    assert cluster.must("sinfo", "--noheader", "--format=%T") == "idle"
+    assert cluster.must("sinfo", "--noheader", "--partition=main", "--format=%T") == "idle"

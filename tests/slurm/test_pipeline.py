@@ -90,7 +90,7 @@ def test_a_cancelled_extraction_is_completed_by_a_rerun_with_the_same_bytes(clus
     checkout = studied.checkout
     store = checkout.folder / "outputs" / "cancelled" / "store"
     shutil.copytree(checkout.store / "tokens", store / "tokens")
-    job = extract(cluster, checkout)
+    job = extract(cluster, checkout, "cancelled")
     until(cluster, job, lambda: len(list(store.glob("activations/*/*/shard-*.index"))) >= 2)
     cluster.must("scancel", f"{job}_0")
     assert cluster.wait(job) == "CANCELLED"
@@ -98,8 +98,31 @@ def test_a_cancelled_extraction_is_completed_by_a_rerun_with_the_same_bytes(clus
     finished = sorted(store.glob("activations/*/*/shard-*.index"))
     expected = sorted(checkout.store.glob("activations/*/*/shard-*.index"))
     assert 0 < len(finished) < len(expected)
-    again = extract(cluster, checkout)
+    again = extract(cluster, checkout, "cancelled")
     assert cluster.wait(again) == "COMPLETED", cluster.log(again)
+    assert_same_store(cluster, checkout, store)
+
+
+def test_the_other_task_of_an_array_completes_what_a_cancelled_one_leaves(cluster: Cluster, studied: Studied) -> None:
+    checkout = studied.checkout
+    store = checkout.folder / "outputs" / "shared" / "store"
+    shutil.copytree(checkout.store / "tokens", store / "tokens")
+    job = extract(cluster, checkout, "shared", tasks="0-1")
+    first, second = (checkout.folder / f"extract-{job}_{task}.log" for task in (0, 1))
+    until(cluster, job, lambda: all(" start 1, " in _text(log) for log in (first, second)))
+    until(cluster, job, lambda: any(store.glob("activations/*/*/shard-*.index")))
+    cluster.must("scancel", f"{job}_0")
+    assert cluster.wait(job) == "CANCELLED,COMPLETED", cluster.log(job)
+    assert "to continue: sbatch slurm/extract.sh" in _text(first) and _text(second).endswith("extract.sh: finished.\n")
+    assert_same_store(cluster, checkout, store)
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def assert_same_store(cluster: Cluster, checkout: Checkout, store: Path) -> None:
+    """The bytes of the study's own store, with all hashes and sums as they should be."""
     for file in sorted(checkout.store.glob("activations/*/*/shard-*.tar")):
         assert (store / file.relative_to(checkout.store)).read_bytes() == file.read_bytes()
     cluster.must(
@@ -107,14 +130,8 @@ def test_a_cancelled_extraction_is_completed_by_a_rerun_with_the_same_bytes(clus
     )
 
 
-def extract(cluster: Cluster, checkout: Checkout) -> str:
-    """An extraction by one task with one worker, into outputs of its own."""
-    return cluster.sbatch(
-        "--array=0",
-        "--time=60",
-        "slurm/extract.sh",
-        "experiment=small",
-        "outputs=outputs/cancelled",
-        cwd=checkout.folder,
-        RANKS_PER_NODE="1",
-    )
+def extract(cluster: Cluster, checkout: Checkout, outputs: str, tasks: str = "0") -> str:
+    """An extraction by tasks with one worker each, into outputs of its own."""
+    own = ["experiment=small", f"outputs=outputs/{outputs}"]
+    options = [f"--array={tasks}", "--time=60"]
+    return cluster.sbatch(*options, "slurm/extract.sh", *own, cwd=checkout.folder, RANKS_PER_NODE="1")

@@ -6,6 +6,7 @@ a real Slurm.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -20,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 TRAIN = ("train_pt_it", "train_pt_simpo", "train_it_simpo", "train_pt_dpo")
 SUBMITTED = ("tokens", "extract", "train", "analysis", *TRAIN)
-# Answers the look at the environment; training is what ACT says.
+# Answers the look at the environment, and names the pairs of PAIRS; training is what ACT says.
 STAND_IN = """#!/usr/bin/env bash
 case "$*" in
   "- "*) cat > /dev/null; echo "gpus 0"; exit ;;
-  *train.preflight*) echo "preflight: $*" >&2; exit "${PREFLIGHT:-0}" ;;
+  *train.preflight*) echo "preflight: $*" >&2; printf '%b' "${PAIRS:-}"; exit "${PREFLIGHT:-0}" ;;
 esac
 rank=${RANK:-alone}
 echo "rank $rank of ${WORLD_SIZE:-1}, local ${LOCAL_RANK:-none}, at ${MASTER_ADDR:-none}: $*"
@@ -149,13 +150,25 @@ def test_signals_reach_every_rank_whose_status_is_waited_for(number, environment
     act = f'trap "sleep 1; exit 75" TERM; touch {tmp_path}/$RANK; while :; do sleep 0.1; done'
     own = {**environment, "RANKS_PER_NODE": "2", "ACT": act}
     command = ["bash", str(ROOT / "slurm" / "train_pt_it.sh")]
-    process = subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    end = time.monotonic() + 30
-    while not all((tmp_path / rank).exists() for rank in "01"):
-        assert time.monotonic() < end, "the ranks did not start"
-        time.sleep(0.05)
-    process.send_signal(number)
-    said, _ = process.communicate(timeout=30)
+    process = subprocess.Popen(
+        command,
+        env=own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what a shell began with "&"
+    )
+    try:
+        end = time.monotonic() + 30
+        while not all((tmp_path / rank).exists() for rank in "01"):
+            assert time.monotonic() < end, "the ranks did not start"
+            time.sleep(0.05)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 75 and "hat was saved is kept" in said.splitlines()[-1]
 
 
@@ -203,13 +216,104 @@ def test_the_example_of_a_site_can_be_used_as_it_is(environment):
     assert done.returncode == 0, done.stdout
 
 
-def test_a_pipeline_without_slurm_says_what_to_do_instead(environment, tmp_path):
+TOOLS = "basename bash cat date dirname env head mkdir nproc sed sort tail touch tr"
+
+
+@pytest.fixture
+def alone(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The environment of a machine without Slurm, and a study of two pairs."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("bash", "dirname", "date", "printf", "basename"):
+    for name in TOOLS.split():
         (tools / name).symlink_to(shutil.which(name) or name)
-    done = script("pipeline", environment, PATH=str(tools))
-    assert done.returncode == 2 and "error: there is no sbatch here" in done.stdout
+    pairs = "pair a experiment=own/a\\npair b pair=b\\n" + f"outputs {tmp_path}/out\\n"
+    return {**environment, "PATH": str(tools), "PAIRS": pairs}
+
+
+def test_a_pipeline_without_slurm_runs_the_stages_one_after_another(alone):
+    done = script("pipeline", alone, "experiment=own", "training.log_every=1", RANKS_PER_NODE="2")
+    assert done.returncode == 0, done.stdout
+    assert "preflight: -m train.preflight experiment=own training.log_every=1 gpus=2 gpus_per_node=2" in done.stdout
+    stages = [line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("rank ")]
+    both = "training.log_every=1 engine=latent"
+    assert sorted(set(stages), key=stages.index) == [
+        "-m extract.tokens experiment=own",
+        "-m extract.activations experiment=own",
+        f"-m train experiment=own/a {both}",
+        f"-m train pair=b experiment=own {both}",
+        "-m analysis experiment=own training.log_every=1",
+    ]
+    assert done.stdout.splitlines()[-1].endswith("pipeline.sh: finished.")
+
+
+def test_a_stage_that_fails_here_ends_the_pipeline(alone):
+    done = script("pipeline", alone, "experiment=own", ACT='[[ "$*" != *extract.act* ]] || exit 70')
+    assert done.returncode == 70 and "-m train experiment" not in done.stdout
+    assert "hung or died" in done.stdout and done.stdout.endswith(
+        "to continue: bash slurm/pipeline.sh experiment=own\n"
+    )
+
+
+# What the scripts ask Slurm, of which the controller does not answer (the first time).
+CLUSTER = {
+    "srun": 'while [ "$1" != bash ]; do shift; done; exec "$@"',
+    "squeue": "exit 1",
+    "scontrol": 'echo "asked: $*"; if [ -e "$ASKED" ]; then kill -TERM $PPID; else touch "$ASKED"; exit 1; fi',
+}
+
+
+@pytest.fixture
+def job(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The environment of the script of a job, whose controller answers the second time."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in CLUSTER.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    own = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_PARTITION": "main", "CROSSDIFF_BATCH": "1"}
+    return {**environment, **own, "PATH": f"{tools}:{environment['PATH']}", "ASKED": f"{tmp_path}/asked"}
+
+
+def test_a_time_limit_that_slurm_does_not_tell_is_not_checked(job):
+    done = script("train_pt_it", job)
+    assert done.returncode == 0 and "rank alone" in done.stdout
+    assert "preflight: -m train.preflight experiment=gemma2_9b/pt_it gpus=1 gpus_per_node=1\n" in done.stdout
+
+
+def test_a_controller_that_does_not_answer_is_asked_again_to_requeue(job):
+    done = script("extract", job, ACT="exit 75")
+    assert done.stdout.count("asked: requeue 7\n") == 2 and "could not be requeued" not in done.stdout
+
+
+@pytest.mark.parametrize(("status", "again"), [(1, 0), (2, 0), (70, 1), (75, 1), (130, 1), (137, 1)])
+def test_a_job_is_requeued_after_what_the_same_command_would_continue(status, again, job):
+    Path(job["ASKED"]).touch()
+    done = script("extract", job, ACT=f"exit {status}")
+    assert done.stdout.count("asked: requeue 7\n") == again
+
+
+def test_deaths_before_python_counts_them_are_bounded(job):
+    done = script("tokens", job, ACT="kill -9 $$", SLURM_RESTART_COUNT="10")
+    assert done.returncode == 137 and "asked:" not in done.stdout
+    assert "restarted 10 times" in done.stdout and "killed by signal 9" in done.stdout.splitlines()[-1]
+    done = script(
+        "tokens", job, ACT="exit 130", SLURM_RESTART_COUNT="10"
+    )  # as pre-emption ends it, any number of times
+    assert "asked: requeue 7" in done.stdout
+
+
+def test_jobs_for_the_cpu_may_run_where_the_site_has_gpus(job):
+    refused = script("extract", job, GPUS_PER_NODE="4")
+    assert refused.returncode == 2 and "error: This job has no GPUs" in refused.stdout
+    done = script("extract", job, "activations.device=cpu", GPUS_PER_NODE="4")
+    assert done.returncode == 0 and "rank alone" in done.stdout
+
+
+def test_members_of_a_sweep_divide_the_cpus_themselves(environment):
+    says = 'echo "threads ${OMP_NUM_THREADS:-all}"'
+    assert "threads all\n" in script("sweep_members", environment, "record.json", ACT=says).stdout
+    assert "threads 3\n" in script("sweep_members", environment, "record.json", ACT=says, OMP_NUM_THREADS="3").stdout
+    assert "threads all\n" not in script("train", environment, "experiment=a/b", ACT=says).stdout
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,15 @@ from extract.command import compose, experiment_of
 from train.config import TrainSettings
 from train.ending import EXIT_HANG
 from train.runs import run_folder
-from train.shared_reader import LOG_FILE, _waves, data_key, last_line
+from train.shared_reader import LOG_FILE, _waves, data_key, last_line, part_of_cores
 from train.stops import EXIT_STOPPED
 from train.sweep import Member
 
 ROOT = Path(__file__).resolve().parents[2]
 # A sweep as a process of its own: what it is told are the members' command lines, what it prints are their statuses.
 SWEEP = """
-import json, logging, sys
+import json, logging, signal, sys
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as slurm/ starts it
 from extract.command import compose, experiment_of
 from train.config import TrainSettings
 from train.runs import run_folder
@@ -187,6 +188,31 @@ def test_a_reader_that_is_killed_is_one_error_of_each_member_and_costs_no_step(s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_steps", [0, 10])
+def test_sigusr1_to_all_processes_until_they_end_is_one_request(study, num_steps):
+    """As srun passes it on to a job, while processes start and while they train."""
+    members = over_k(study, 100_000)[:2]
+    with sweep(members) as process:
+        while not processes_of(members, "train.reader"):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        wait_for_steps(members, num_steps, process)
+        while process.poll() is None:
+            for pid in [process.pid, *processes_of(members), *processes_of(members, "train.reader")]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.5)
+        found, said = statuses(process)
+    if num_steps == 0:  # what has only just been started may be ended at once
+        assert set(found) <= {EXIT_STOPPED, -signal.SIGTERM}, said
+        return
+    assert found == [EXIT_STOPPED] * 2, said
+    for member in members:
+        last = max(int(path.name[5:]) for path in (member.folder / "checkpoints").iterdir())
+        assert last == steps_of(member)[-1] >= num_steps
+
+
+@pytest.mark.slow
 def test_nothing_is_left_where_the_sweep_itself_is_killed(study):
     before, members = set(Path("/dev/shm").iterdir()), over_k(study, 100_000)[:2]
     with sweep(members) as process:
@@ -236,6 +262,12 @@ def test_members_of_the_same_data_run_at_a_time(tmp_path):
     members = [member_of(overrides_of(tmp_path, 100, f"seed={s}", f"crosscoder.k={k}")) for k, s in enumerate(seeds, 1)]
     assert list(_waves(members, 6)) == [[0, 2, 5, 1, 3, 4]]
     assert list(_waves(members, 2)) == [[0, 2], [5, 1], [3, 4]]
+
+
+def test_members_divide_the_cores_also_where_the_environment_says_those_of_the_node(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "12")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 12)  # as torch takes it from there when it is imported
+    assert [part_of_cores(n)["OMP_NUM_THREADS"] for n in (1, 4, 5, 13)] == ["12", "3", "2", "1"]
 
 
 def test_the_last_line_of_a_log(tmp_path):

@@ -21,7 +21,7 @@ from extract.errors import BadInput
 from extract.shards import write_activations
 from train.config import TrainSettings
 from train.runs import run_folder
-from train.stops import EXIT_STOPPED
+from train.stops import EXIT_STOPPED, starting_deaf
 from train.sweep import Member, group_of, is_finished, members_of, objective, status_text, summary
 from train.sweep_local import PassedOn, environments, status_of_ranks
 from train.trainer import train
@@ -32,8 +32,9 @@ D_MODEL = 6  # of planted.random_store
 
 def config_of(*overrides: str) -> OmegaConf:
     """What Hydra tells a launcher of a sweep."""
-    sweeper = {"hydra": {"overrides": {"task": list(overrides)}, "sweeper": {"params": None}}}
-    return OmegaConf.create(sweeper)
+    runtime = {"choices": {"hydra/sweeper": "basic"}}
+    sweep = {"overrides": {"task": list(overrides)}, "sweeper": {"params": None}, "runtime": runtime}
+    return OmegaConf.create({"hydra": sweep})
 
 
 def test_members_have_runs_and_records_of_their_own_and_one_group(tmp_path):
@@ -118,8 +119,25 @@ def test_finished_is_an_intact_crosscoder_of_these_settings_and_data(tmp_path):
     elsewhere = replace(settings, store=str(tmp_path / "other"))
     assert not is_finished(elsewhere, folder)
 
-    weights = folder / "crosscoder" / "crosscoder.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert_damage_is_seen(settings, folder)
+
+
+def assert_damage_is_seen(settings: TrainSettings, folder: Path) -> None:
+    """Also where the configuration has no hash of the weights, or another size than they have."""
+    weights, config = (folder / "crosscoder" / name for name in ("crosscoder.safetensors", "config.json"))
+    saved, described = weights.read_bytes(), json.loads(config.read_bytes())
+    config.write_text(json.dumps({**described, "d_model": 2 * D_MODEL}))
+    assert not is_finished(settings, folder)
+    without_hash = json.dumps({name: value for name, value in described.items() if name != "sha256"})
+    for text, may_differ in ((json.dumps(described), False), (without_hash, True)):
+        config.write_text(text)
+        assert is_finished(settings, folder)
+        weights.write_bytes(saved[:-1])
+        assert not is_finished(settings, folder)
+        weights.write_bytes(saved[:-1] + bytes([saved[-1] ^ 1]))
+        assert is_finished(settings, folder) == may_differ
+        weights.write_bytes(saved)
+    weights.unlink()
     assert not is_finished(settings, folder)
 
 
@@ -181,6 +199,36 @@ def test_signals_reach_the_processes_that_are_waited_for():
         child.stdout.close()
 
 
+def test_sigusr1_is_heard_by_one_that_listens_late_and_kills_none_that_saves_for_long(monkeypatch):
+    """As slurm/ sends it, every 3 s, here faster: to a member that imports at first, and then saves for longer than
+    StopRequest.AGAIN_S, after which a signal would act as usual.
+    """
+    monkeypatch.setattr("train.sweep_local.INSIST_S", 0.5)
+    code = """
+import os, sys, time
+os.write(1, b"x")
+from train.stops import AGAIN_S, StopRequest
+with StopRequest() as stop:
+    while not stop.requested:
+        time.sleep(0.05)
+    time.sleep(AGAIN_S + 1.5)
+sys.exit(75)
+"""
+    sender = f"import os, signal, time\nfor _ in range(99):\n os.kill({os.getpid()}, signal.SIGUSR1); time.sleep(0.5)"
+    with PassedOn() as signals:
+        with starting_deaf():
+            child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+        assert child.stdout and child.stdout.read(1) == b"x"
+        killer = subprocess.Popen([sys.executable, "-c", sender])
+        try:
+            assert signals.wait([child]) == [75] and signals.requested
+        finally:
+            killer.kill()
+            killer.wait()
+            child.kill()
+            child.stdout.close()
+
+
 def test_a_summary_names_each_member_and_the_command_that_runs_it_alone():
     common = ["experiment=demo/base_simpo"]
     members = members_of(config_of(*common, "crosscoder.k=5,6"), [[*common, f"crosscoder.k={k}"] for k in (5, 6)])
@@ -200,14 +248,6 @@ def test_a_sweep_has_a_launcher_and_its_flag_first():
     assert _of_sweep(["a=1,2", "-m"], None) == ["-m", "a=1,2"] and _of_sweep(["a=1"], "local") == ["a=1"]
 
 
-def test_the_ends_of_an_interval_are_checked_and_only_a_search_draws_from_it():
-    interval = "training.lr=tag(log,interval(1e-4,1e-2))"
-    found = _members(["-m", "hydra/sweeper=search", interval])
-    assert found == [["hydra/sweeper=search", "training.lr=0.0001"], ["hydra/sweeper=search", "training.lr=0.01"]]
-    with pytest.raises(BadInput, match="Add hydra/sweeper=search"):
-        _members(["-m", "experiment=demo", interval])
-
-
 @pytest.mark.slow
 def test_a_failed_member_is_named_while_others_go_on_and_a_finished_one_is_left_out(tmp_path):
     """Of two members that of block9 has no store; then there is one, and this member alone runs."""
@@ -224,21 +264,6 @@ def test_a_failed_member_is_named_while_others_go_on_and_a_finished_one_is_left_
     assert status == 0 and "1 of 2 members to run" in said, said
     assert finished.stat().st_mtime_ns == written
     assert len(list((tmp_path / "runs").glob("*/crosscoder/config.json"))) == 2
-
-
-@pytest.mark.slow
-def test_a_search_for_the_learning_rate_continues_where_it_was(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install -e '.[sweep]'")
-    random_store(tmp_path / "store")
-    search = ["hydra/sweeper=search", "training.lr=tag(log,interval(1e-4,1e-1))"]
-    status, said = sweep(tmp_path, *search, "hydra.sweeper.n_trials=1")
-    assert status == 0 and "1 of 1 members to run" in said, said
-    status, said = sweep(tmp_path, *search, "hydra.sweeper.n_trials=2")
-    assert status == 0 and "0 of 1 members to run" in said and "1 of 1 members to run" in said, said
-    best = OmegaConf.load(tmp_path / "optimization_results.yaml")
-    values = {folder.name: objective(folder) for folder in (tmp_path / "runs").iterdir()}
-    assert best.best_value == max(values.values()) and len(values) == 2
-    assert f"lr={best.best_params['training.lr']}" in max(values, key=lambda name: values[name])
 
 
 def sweep(study: Path, *arguments: str) -> tuple[int, str]:

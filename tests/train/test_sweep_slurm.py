@@ -79,10 +79,13 @@ def test_the_sites_variables_count_but_not_against_the_launcher(tmp_path, monkey
         (Job("FAILED", 2), "failed with status 2"),
         (Job("FAILED", -9), "killed by SIGKILL"),
         (Job("TIMEOUT"), "TIMEOUT"),
+        (Job("PREEMPTED"), "PREEMPTED"),
+        (Job("REVOKED"), "REVOKED"),
+        (Job("FORGOTTEN"), "ended some time ago (Slurm has forgotten the job)"),
     ],
 )
 def test_what_slurm_says_in_words(job, text):
-    assert str(job) == text and job.is_over == (job.state in ("FAILED", "TIMEOUT"))
+    assert str(job) == text and job.is_over == (job.state not in ("RUNNING", "PENDING"))
 
 
 def test_a_job_that_never_starts_says_so():
