@@ -6,11 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.daemons import CannotStart
+from tests.slurm.stand_in import stand_in
 from tests.slurm.studies import Checkout, Studied
 
 
@@ -23,6 +25,12 @@ def started(num_nodes: int, accounting: bool, namespaces: bool, lost_after_s: in
                 pytest.fail(f"CROSSDIFF_REQUIRE_SLURM=1, and no Slurm: {error}", pytrace=False)
             pytest.skip(f"no Slurm: {error}")
         yield cluster
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Without Slurm, with a program in place of Python."""
+    return stand_in(tmp_path)
 
 
 @pytest.fixture(scope="session")

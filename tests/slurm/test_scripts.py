@@ -17,38 +17,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.slurm.stand_in import ROOT, script
+
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 TRAIN = ("train_pt_it", "train_pt_simpo", "train_it_simpo", "train_pt_dpo")
 SUBMITTED = ("tokens", "extract", "train", "analysis", *TRAIN)
-# Answers the look at the environment, and names the pairs of PAIRS; training is what ACT says.
-STAND_IN = """#!/usr/bin/env bash
-case "$*" in
-  "- "*) cat > /dev/null; echo "gpus 0"; exit ;;
-  *train.preflight*) echo "preflight: $*" >&2; printf '%b' "${PAIRS:-}"; exit "${PREFLIGHT:-0}" ;;
-esac
-rank=${RANK:-alone}
-echo "rank $rank of ${WORLD_SIZE:-1}, local ${LOCAL_RANK:-none}, at ${MASTER_ADDR:-none}: $*"
-eval "$ACT"
-"""
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    python = tmp_path / "python"
-    python.write_text(STAND_IN)
-    python.chmod(0o755)
-    foreign = re.compile("SLURM|SBATCH|RANK|WORLD_SIZE|MASTER_|EXPERIMENT|GPU|STAGING|AGAIN|OMP")
-    own = {name: value for name, value in os.environ.items() if not foreign.search(name)}
-    return {**own, "PYTHON": str(python), "CROSSDIFF_SITE": "/dev/null", "ACT": "exit 0"}
-
-
-def script(name: str, environment: dict[str, str], *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """What `bash slurm/NAME.sh` says, standard error included, and its status."""
-    command = ["bash", str(ROOT / "slurm" / f"{name}.sh"), *arguments]
-    return subprocess.run(
-        command, env={**environment, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
-    )
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -252,61 +225,6 @@ def test_a_stage_that_fails_here_ends_the_pipeline(alone):
     assert "hung or died" in done.stdout and done.stdout.endswith(
         "to continue: bash slurm/pipeline.sh experiment=own\n"
     )
-
-
-# What the scripts ask Slurm, of which the controller does not answer (the first time).
-CLUSTER = {
-    "srun": 'while [ "$1" != bash ]; do shift; done; exec "$@"',
-    "squeue": "exit 1",
-    "scontrol": 'echo "asked: $*"; if [ -e "$ASKED" ]; then kill -TERM $PPID; else touch "$ASKED"; exit 1; fi',
-}
-
-
-@pytest.fixture
-def job(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """The environment of the script of a job, whose controller answers the second time."""
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name, text in CLUSTER.items():
-        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (tools / name).chmod(0o755)
-    own = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_PARTITION": "main", "CROSSDIFF_BATCH": "1"}
-    return {**environment, **own, "PATH": f"{tools}:{environment['PATH']}", "ASKED": f"{tmp_path}/asked"}
-
-
-def test_a_time_limit_that_slurm_does_not_tell_is_not_checked(job):
-    done = script("train_pt_it", job)
-    assert done.returncode == 0 and "rank alone" in done.stdout
-    assert "preflight: -m train.preflight experiment=gemma2_9b/pt_it gpus=1 gpus_per_node=1\n" in done.stdout
-
-
-def test_a_controller_that_does_not_answer_is_asked_again_to_requeue(job):
-    done = script("extract", job, ACT="exit 75")
-    assert done.stdout.count("asked: requeue 7\n") == 2 and "could not be requeued" not in done.stdout
-
-
-@pytest.mark.parametrize(("status", "again"), [(1, 0), (2, 0), (70, 1), (75, 1), (130, 1), (137, 1)])
-def test_a_job_is_requeued_after_what_the_same_command_would_continue(status, again, job):
-    Path(job["ASKED"]).touch()
-    done = script("extract", job, ACT=f"exit {status}")
-    assert done.stdout.count("asked: requeue 7\n") == again
-
-
-def test_deaths_before_python_counts_them_are_bounded(job):
-    done = script("tokens", job, ACT="kill -9 $$", SLURM_RESTART_COUNT="10")
-    assert done.returncode == 137 and "asked:" not in done.stdout
-    assert "restarted 10 times" in done.stdout and "killed by signal 9" in done.stdout.splitlines()[-1]
-    done = script(
-        "tokens", job, ACT="exit 130", SLURM_RESTART_COUNT="10"
-    )  # as pre-emption ends it, any number of times
-    assert "asked: requeue 7" in done.stdout
-
-
-def test_jobs_for_the_cpu_may_run_where_the_site_has_gpus(job):
-    refused = script("extract", job, GPUS_PER_NODE="4")
-    assert refused.returncode == 2 and "error: This job has no GPUs" in refused.stdout
-    done = script("extract", job, "activations.device=cpu", GPUS_PER_NODE="4")
-    assert done.returncode == 0 and "rank alone" in done.stdout
 
 
 def test_members_of_a_sweep_divide_the_cpus_themselves(environment):
