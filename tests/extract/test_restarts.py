@@ -23,6 +23,10 @@ def test_progress_begins_the_count_anew(tmp_path):
     path = tmp_path / "restarts.json"
     for restart in range(50):
         start(path, restart, progress=restart // 4)  # three restarts in vain, then some progress
+    start(path, 50, progress=12)
+    start(path, 51, progress=12)
+    with pytest.raises(BadInput, match="Job 12 began 4 times"):
+        start(path, 52, progress=12)
 
 
 def test_no_restart_in_vain_is_allowed_with_a_limit_of_zero(tmp_path):
@@ -39,14 +43,18 @@ def test_a_start_that_is_noted_twice_counts_once(tmp_path):
     for restart in range(4):
         start(path, restart, progress=0)
         start(path, restart, progress=0)
+    with pytest.raises(BadInput, match="Job 12 began 4 times"):
+        start(path, 4, progress=0)
 
 
 def test_another_job_starts_from_none(tmp_path):
     path = tmp_path / "restarts.json"
     for restart in range(4):
         start(path, restart, progress=0)
-    start(path, 0, progress=0, job="13")
-    start(path, 1, progress=0, job="13")
+    for restart in range(4):
+        start(path, restart, progress=0, job="13")
+    with pytest.raises(BadInput, match="Job 13 began 4 times"):
+        start(path, 4, progress=0, job="13")
 
 
 def test_nothing_is_noted_outside_of_slurm(tmp_path):
