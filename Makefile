@@ -40,14 +40,14 @@ check: $(INSTALLED)
 
 # All but the first line measure on what `make demo` left.
 bench: $(INSTALLED)
-	set -e; for name in step select writing engines; do $(BIN)/python -m benchmarks.bench_$$name; done
+	set -e; for name in step select writing engines annotate; do $(BIN)/python -m benchmarks.bench_$$name; done
 	$(BIN)/python -m benchmarks.bench_extract experiment=demo outputs=$(OUTPUTS)
-	set -e; for name in codecs loader quality public; do \
+	set -e; for name in codecs loader quality public analysis; do \
 	  $(BIN)/python -m benchmarks.bench_$$name experiment=demo/base_simpo outputs=$(OUTPUTS); done
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt demo/requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt torch
-	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev,deepspeed,slurm,sweep,dashboard]'
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev,deepspeed,slurm,sweep,dashboard,app]'
 	$(BIN)/pip install -q $(PIP_ARGS) --no-deps -r demo/requirements.txt
 	touch $@

@@ -11,7 +11,10 @@ with one_line_interrupts():
     from omegaconf import OmegaConf
 
     from analysis.config import AnalysisSettings
+    from analysis.pass_state import STATE_FILE
+    from analysis.scoring import judge_of
     from analysis.steps import inputs_of_latents, run_steps, steps_of_pair, steps_of_study
+    from analysis.taxonomy import placer_of
     from analysis.tracking import track
     from extract.command import experiment_of, pairs_of, run
     from extract.publish import publish
@@ -31,6 +34,7 @@ def analyse(settings: AnalysisSettings) -> None:
     places = [(pair, *folders_of(pair)) for pair in pairs_of(settings)]
     for pair, crosscoder_folder, _ in places:  # what one pair lacks is said before hours of work on another
         inputs_of_latents(pair, crosscoder_folder)
+    _check_access(settings, [folder for _, _, folder in places])
     any_done = False
     for pair, crosscoder_folder, folder in places:
         save_settings(pair, folder)
@@ -47,10 +51,25 @@ def analyse(settings: AnalysisSettings) -> None:
 def _note_start(settings: AnalysisSettings) -> None:
     """Of a requeued job; see `extract.restarts`."""
     outputs, limit = Path(settings.outputs), settings.max_restarts_without_progress
-    finished = {path.stat().st_mtime_ns: path for path in outputs.glob("analysis/*/*.json")}
-    newest = max(finished, default=0)  # their number stays the same where steps are done again
-    where = f"the end of {finished[newest].parent.name}: {finished[newest].stem}" if finished else "its first step"
+    records = [*outputs.glob("analysis/*/*.json"), *outputs.glob(f"analysis/*/*/{STATE_FILE}")]
+    done = {path.stat().st_mtime_ns: path for path in records}
+    newest = max(done, default=0)  # their number stays the same where steps are done again
+    where = "its first step"
+    if done:
+        folder, _, name = str(done[newest].relative_to(outputs / "analysis").with_suffix("")).partition("/")
+        where = f"the end of {folder}: {name}" if "/" not in name else f"a state of {folder}: latents"
     note_start(outputs / "report" / "restarts.json", newest, limit, where)
+
+
+def _check_access(settings: AnalysisSettings, folders: list[Path]) -> None:
+    """Whether a language model that is to be asked can be, said before hours of other work."""
+    annotates = "llm" in (settings.analysis.annotate.annotator, placer_of(settings.analysis))
+    judge = judge_of(settings.analysis)
+    models = dict.fromkeys([*(settings.analysis.llm.models if annotates else ()), *([judge] if judge else ())])
+    if models and not all((folder / "score.json").exists() for folder in folders):
+        from analysis.llm.preflight import check_access  # loads a client that takes a second
+
+        check_access(settings.analysis.llm, list(models))
 
 
 def save_settings(settings: AnalysisSettings, folder: Path) -> None:

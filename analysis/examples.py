@@ -1,5 +1,5 @@
-"""The exact top documents of every latent with the activations of their firing tokens: one stream, bounded
-memory; and reading them back.
+"""`examples.sqlite`: the top documents of every latent with the activations of their firing tokens, and documents drawn
+to test descriptions; writing and reading it.
 
 Shapes: n firing (document, position, latent) triples; g groups of them, one per (latent, document) pair.
 """
@@ -9,134 +9,57 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import fsync
 from pathlib import Path
 
 import numpy as np
 
+from analysis.firings import DocumentFirings
+from analysis.samples import DrawnSamples
+from analysis.top_documents import ranks
 from extract.publish import naming, rename
 from extract.stores import TokenStore
 
-# Firing tokens held back before candidates are sorted; about 40 bytes each, besides the top documents themselves.
-PENDING_TOKENS = 2**22
 # A character of UTF-8 has at most this many bytes, and so at most this many tokens.
 MAX_TOKENS_PER_CHARACTER = 4
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 SCHEMA = """
-CREATE TABLE documents(document INTEGER PRIMARY KEY, doc_id TEXT, source TEXT, tags TEXT, text_tokens TEXT);
+CREATE TABLE documents(
+    document INTEGER PRIMARY KEY, doc_id TEXT, source TEXT, tags TEXT, text_tokens TEXT, roles TEXT);
 CREATE TABLE examples(latent INTEGER, rank INTEGER, document INTEGER, max_activation REAL, activations TEXT);
+CREATE TABLE samples(
+    latent INTEGER, kind TEXT, quantile INTEGER, document INTEGER, max_activation REAL, activations TEXT);
 """
 
 
-@dataclass(frozen=True)
-class DocumentFirings:
-    """What latents do in documents: the maximum (g,), and positions and values (n,) of the `length_g` firing tokens."""
+def write_examples(
+    path: Path, top: DocumentFirings, drawn: DrawnSamples, tokens: TokenStore, decode: Callable[[list[int]], str]
+) -> None:
+    """Publishes top documents and samples as a SQLite file; `decode` is the tokenizer's, without clean-up.
 
-    latent_g: np.ndarray
-    document_g: np.ndarray
-    maximum_g: np.ndarray
-    length_g: np.ndarray
-    position_n: np.ndarray
-    value_n: np.ndarray
-
-    @classmethod
-    def group(
-        cls, document_n: np.ndarray, position_n: np.ndarray, latent_n: np.ndarray, value_n: np.ndarray
-    ) -> DocumentFirings:
-        """Groups firing tokens (in order of position within a document) of whole documents by latent, then document."""
-        order_n = np.lexsort((document_n, latent_n))
-        document_n, latent_n, value_n = document_n[order_n], latent_n[order_n], value_n[order_n]
-        changes = (np.diff(latent_n) != 0) | (np.diff(document_n) != 0)
-        start_g = np.concatenate([[0], np.flatnonzero(changes) + 1])[: len(latent_n)]
-        length_g = np.diff(np.append(start_g, len(latent_n)))
-        maximum_g = np.maximum.reduceat(value_n, start_g) if len(start_g) else value_n
-        return cls(latent_n[start_g], document_n[start_g], maximum_g, length_g, position_n[order_n], value_n)
-
-    @classmethod
-    def concatenate(cls, parts: list[DocumentFirings]) -> DocumentFirings:
-        return cls(*(np.concatenate(arrays) for arrays in zip(*(part._arrays() for part in parts), strict=True)))
-
-    def select(self, index_g: np.ndarray) -> DocumentFirings:
-        """The groups that a mask or an index picks, with their tokens."""
-        start_g, length_g = (self.length_g.cumsum() - self.length_g)[index_g], self.length_g[index_g]
-        shift_g = start_g - (length_g.cumsum() - length_g)
-        index_n = np.repeat(shift_g, length_g) + np.arange(length_g.sum())
-        groups = (self.latent_g[index_g], self.document_g[index_g], self.maximum_g[index_g], length_g)
-        return DocumentFirings(*groups, self.position_n[index_n], self.value_n[index_n])
-
-    def tokens(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(positions, values) of every group."""
-        end_g = self.length_g.cumsum()
-        for start, end in zip(end_g - self.length_g, end_g, strict=True):
-            yield self.position_n[start:end], self.value_n[start:end]
-
-    def _arrays(self) -> tuple[np.ndarray, ...]:
-        return self.latent_g, self.document_g, self.maximum_g, self.length_g, self.position_n, self.value_n
-
-
-class TopDocuments:
-    """The `num_documents` documents with the highest maximum of every latent; ties go to the lower document number.
-
-    Candidates pile up until they outweigh what is already kept, then one sort keeps the best; a document below the
-    last of a full list is never a candidate. So memory is bounded by the result, and the result by
-    num_latents * num_documents documents' firing tokens.
-    """
-
-    def __init__(self, num_latents: int, num_documents: int) -> None:
-        self._num_documents = num_documents
-        self._floor_L = np.full(num_latents, -np.inf)
-        self._parts: list[DocumentFirings] = []
-        self._kept_tokens = self._pending_tokens = 0
-
-    def add(self, firings: DocumentFirings) -> None:
-        """Adds whole documents, each (latent, document) pair at most once over all calls."""
-        candidates = firings.select(firings.maximum_g >= self._floor_L[firings.latent_g])
-        self._parts.append(candidates)
-        self._pending_tokens += len(candidates.position_n)
-        if self._pending_tokens > max(PENDING_TOKENS, self._kept_tokens):
-            self._compact()
-
-    def result(self) -> DocumentFirings:
-        """The top documents, sorted by latent and rank."""
-        self._compact()
-        return self._parts[0]
-
-    def _compact(self) -> None:
-        nothing = np.empty(0, dtype=np.int64)
-        candidates = DocumentFirings.concatenate(self._parts or [DocumentFirings.group(*[nothing] * 4)])
-        order_g = np.lexsort((candidates.document_g, -candidates.maximum_g, candidates.latent_g))
-        rank_g = ranks(candidates.latent_g[order_g])
-        best = candidates.select(order_g[rank_g < self._num_documents])
-        last_g = ranks(best.latent_g) == self._num_documents - 1
-        self._floor_L[best.latent_g[last_g]] = best.maximum_g[last_g]
-        self._parts, self._kept_tokens, self._pending_tokens = [best], len(best.position_n), 0
-
-
-def ranks(sorted_g: np.ndarray) -> np.ndarray:
-    """Position of every entry within its run of equal entries: [5, 5, 5, 8, 8] -> [0, 1, 2, 0, 1]."""
-    start_g = np.searchsorted(sorted_g, sorted_g, side="left")
-    return np.arange(len(sorted_g)) - start_g
-
-
-def write_examples(path: Path, top: DocumentFirings, tokens: TokenStore, decode: Callable[[list[int]], str]) -> None:
-    """Publishes the top documents as a SQLite file; `decode` is the tokenizer's, without clean-up.
-
-    documents(document, doc_id, source, tags, text_tokens)          tags a JSON object, text_tokens an array of strings
+    documents(document, doc_id, source, tags, text_tokens, roles)   of all that is named below: tags a JSON object,
+                                                                    text_tokens an array of strings, roles an array of
+                                                                    [role, start, end] of its tokens, end excluded
     examples(latent, rank, document, max_activation, activations)   activations [[position, value], ...]; rank from 0
+    samples(latent, kind, quantile, document, max_activation, activations)      see `Sample`
     """
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     pieces = TokenStrings(decode)
+    numbers = np.unique(np.concatenate([top.document_g, drawn.firings.document_g])).tolist()
     with naming(path):
         connection = sqlite3.connect(partial, isolation_level=None)
         try:
             connection.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {SCHEMA} BEGIN")
-            documents = (_document_row(i, tokens, pieces) for i in np.unique(top.document_g).tolist())
-            connection.executemany("INSERT INTO documents VALUES (?, ?, ?, ?, ?)", documents)
+            documents = (_document_row(i, tokens, pieces) for i in numbers)
+            connection.executemany("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?)", documents)
             connection.executemany("INSERT INTO examples VALUES (?, ?, ?, ?, ?)", _example_rows(top))
+            connection.executemany("INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?)", _sample_rows(drawn))
             connection.execute("CREATE INDEX examples_latent ON examples(latent, rank)")
+            connection.execute("CREATE INDEX samples_latent ON samples(latent, kind)")
             connection.execute("COMMIT")
         finally:
             connection.close()
@@ -145,25 +68,46 @@ def write_examples(path: Path, top: DocumentFirings, tokens: TokenStore, decode:
         rename(partial, path)
 
 
-def _document_row(document: int, tokens: TokenStore, pieces: TokenStrings) -> tuple[int, str, str, str, str]:
+def _document_row(document: int, tokens: TokenStore, pieces: TokenStrings) -> tuple[int, str, str, str, str, str]:
     found = tokens.document(document)
     strings = pieces.split(found.token_ids.tolist())
-    return document, found.doc_id, found.source, _json(found.tags), _json(strings)
+    return document, found.doc_id, found.source, _json(found.tags), _json(strings), _json(found.roles)
 
 
 def _json(value: object) -> str:
     """JSON that any UTF-8 file can hold: text with lone surrogates is escaped instead of refused."""
     text = json.dumps(value, ensure_ascii=False)
-    return json.dumps(value) if any("\ud800" <= character <= "\udfff" for character in text) else text
+    if text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text):
+        return text
+    return json.dumps(value)
 
 
 def _example_rows(top: DocumentFirings) -> Iterator[tuple[int, int, int, float, str]]:
     columns = (top.latent_g, ranks(top.latent_g), top.document_g, top.maximum_g)
-    groups = zip(*(column.tolist() for column in columns), top.tokens(), strict=True)
-    for latent, rank, document, maximum, (positions, values) in groups:
-        # Six digits are what float32 holds; more would double the file.
-        rounded = [float(f"{value:.6g}") for value in values.tolist()]
-        yield latent, rank, document, maximum, json.dumps(list(zip(positions.tolist(), rounded, strict=True)))
+    return zip(*(column.tolist() for column in columns), _activations(top), strict=True)
+
+
+def _sample_rows(drawn: DrawnSamples) -> Iterator[tuple[int, str, int | None, int, float, str]]:
+    found = drawn.firings
+    quantiles = [None if quantile < 0 else quantile for quantile in drawn.quantile_g.tolist()]
+    columns = (found.latent_g, drawn.kind_g, quantiles, found.document_g, found.maximum_g)
+    lists = (column if isinstance(column, list) else column.tolist() for column in columns)
+    return zip(*lists, _activations(found), strict=True)
+
+
+def _activations(firings: DocumentFirings) -> Iterator[str]:
+    """[[position, value], ...] of every group, as JSON."""
+    rounded = replace(firings, value_n=significant(firings.value_n))
+    for positions, values in rounded.tokens():
+        yield json.dumps(list(zip(positions.tolist(), values.tolist(), strict=True)))
+
+
+def significant(value_n: np.ndarray) -> np.ndarray:
+    """Positive values rounded to six digits, which is what float32 holds; more would double the file. float64."""
+    value_n = value_n.astype(np.float64)
+    # A whole number, divided by a power of ten that is exact, is the float nearest to the decimal: it prints as such.
+    power_n = 10.0 ** (5 - np.floor(np.log10(value_n)))
+    return np.rint(value_n * power_n) / power_n
 
 
 class TokenStrings:
@@ -180,6 +124,10 @@ class TokenStrings:
         strings: list[str] = []
         while len(strings) < len(token_ids):
             start = len(strings)
+            known = self._known.get((token_ids[start],))
+            if known is not None and REPLACEMENT not in known:
+                strings.append(known)
+                continue
             piece, length = self._whole_characters(token_ids[start : start + MAX_TOKENS_PER_CHARACTER])
             strings += [""] * (length - 1) + [piece]
         return strings
@@ -214,6 +162,20 @@ class Example:
         return max(self.activations, key=lambda position: self.activations[position])
 
 
+@dataclass(frozen=True)
+class Sample(Example):
+    """A document drawn at random for a latent, to test a description of it.
+
+    `kind`: "activating", it fires there: `quantile` is the stratum of its maximum, 0 the weakest;
+    "silent", it fires nowhere in it; "near_miss", neither, but its largest pre-activation there, `max_activation`, is
+    among the highest that stay below the threshold. `activations` are of firing tokens, so those two have none.
+    """
+
+    kind: str
+    quantile: int | None
+    max_activation: float
+
+
 def all_documents(database: sqlite3.Connection) -> Iterator[list[str]]:
     """Token strings of every stored document."""
     for (tokens,) in database.execute("SELECT text_tokens FROM documents ORDER BY document"):
@@ -230,4 +192,17 @@ def read_examples(database: sqlite3.Connection, latent: int, limit: int) -> list
     return [
         Example(document, tuple(json.loads(tokens)), {int(position): value for position, value in json.loads(fired)})
         for document, tokens, fired in rows
+    ]
+
+
+def read_samples(database: sqlite3.Connection, latent: int) -> list[Sample]:
+    """The documents drawn for a latent: activating ones by quantile, then near misses, then silent ones."""
+    rows = database.execute(
+        "SELECT document, text_tokens, activations, kind, quantile, max_activation FROM samples "
+        "JOIN documents USING (document) WHERE latent = ? ORDER BY kind, quantile, document",
+        (latent,),
+    )
+    return [
+        Sample(document, tuple(json.loads(tokens)), {int(i): value for i, value in json.loads(fired)}, *rest)
+        for document, tokens, fired, *rest in rows
     ]

@@ -6,7 +6,7 @@ Throughout, `a` is the reference model and `b` the other one; shares are fractio
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import PermutationMethod, chi2_contingency, false_discovery_control, fisher_exact, norm
+from scipy.stats import false_discovery_control, fisher_exact, norm
 
 
 class Interval(NamedTuple):
@@ -78,31 +78,3 @@ def fisher(count_a: int, total_a: int, count_b: int, total_b: int) -> float:
 def benjamini_hochberg(pvalues: list[float]) -> list[float]:
     """q of each p: the false discovery rate at which it would still be called (Benjamini & Hochberg 1995)."""
     return [float(q) for q in false_discovery_control(pvalues, method="bh")] if pvalues else []
-
-
-def homogeneity(counts_a: list[int], counts_b: list[int], num_permutations: int = 10_000, seed: int = 0) -> float:
-    """p that both models distribute their latents over the categories alike (1 when there is nothing to compare).
-
-    Most expected counts are below five, where the chi-square distribution misleads, so its statistic is referred to
-    random permutations of the latents' model labels instead: exact given both margins, up to Monte-Carlo error.
-    """
-    table = np.array([counts_a, counts_b])
-    table = table[:, table.sum(0) > 0]
-    if table.shape[1] < 2 or (table.sum(1) == 0).any():
-        return 1.0
-    method = PermutationMethod(n_resamples=num_permutations, rng=np.random.default_rng(seed))
-    return float(chi2_contingency(table, correction=False, method=method).pvalue)
-
-
-def detectable_ratio(share: float, total_a: int, total_b: int, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The smallest true ratio above 1 that a two-sided test of one category finds with probability `power`.
-
-        2 asin sqrt(share_b) = 2 asin sqrt(share) + (z_{1-alpha/2} + z_power) sqrt(1/total_a + 1/total_b)
-
-    (Cohen 1988, effect size h). Infinite when no share up to 1 would do.
-    """
-    if share <= 0 or total_a == 0 or total_b == 0:
-        return float("inf")
-    step = (norm.ppf(1 - alpha / 2) + norm.ppf(power)) * np.sqrt(1 / total_a + 1 / total_b)
-    angle = np.arcsin(np.sqrt(share)) + step / 2
-    return float(np.sin(angle) ** 2 / share) if angle < np.pi / 2 else float("inf")

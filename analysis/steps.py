@@ -14,13 +14,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from analysis.annotate import annotate
-from analysis.comparison import compare, outputs_of
-from analysis.config import AnalysisSettings
-from analysis.latents import EXAMPLES, LATENTS, MAXIMA, write_latents
-from analysis.report import NEEDED, report
+from analysis.agreeing import AGREEMENT
+from analysis.annotate import annotate, has_failed
+from analysis.comparison import compare, inputs_of_comparison, outputs_of
+from analysis.config import AnalysisConfig, AnalysisSettings
+from analysis.judging import PROMPTS
+from analysis.latents import EXAMPLES, LATENTS, MAXIMA, OUTPUTS, write_latents
+from analysis.llm.prompting import hash_of
+from analysis.report import NEEDED, optional_inputs, report
+from analysis.scores import SCORES, SUMMARY, VERDICTS
+from analysis.scoring import has_failed_scores, judge_of, score
 from analysis.tags import write_tags
-from analysis.taxonomy import DEFAULT, categorise
+from analysis.taxonomy import DEFAULT, categorise, has_failed_places, placer_of
 from extract.command import OWNERS
 from extract.errors import BadInput
 from extract.publish import publish
@@ -45,6 +50,8 @@ class Step:
     inputs: dict[str, Path]
     outputs: tuple[str, ...]
     work: Callable[[], object]
+    # Whether the outputs hold failures of a kind that doing the step again may mend.
+    is_lacking: Callable[[], bool] = lambda: False
 
 
 def run_steps(steps: list[Step], folder: Path) -> bool:
@@ -53,7 +60,7 @@ def run_steps(steps: list[Step], folder: Path) -> bool:
     for step in steps:
         record = record_of(step)
         path = folder / f"{step.name}.json"
-        if is_done(step, record, path):
+        if is_done(step, record, path) and not step.is_lacking():
             print(f"{folder.name}: {step.name} is up to date")
             continue
         path.unlink(missing_ok=True)
@@ -86,16 +93,17 @@ def sha256_of(path: Path) -> str:
 
 
 def steps_of_pair(settings: AnalysisSettings, crosscoder_folder: Path, folder: Path) -> list[Step]:
-    """latents (with examples and document maxima, in one reading of the store), tags, annotate, categorise."""
+    """latents (with examples and document maxima, in one reading of the store), tags, annotate, categorise, score."""
     config = settings.analysis
     tokens = settings.tokens_folder / "manifest.json"
     taxonomy = {"taxonomy": Path(config.taxonomy.path or DEFAULT)}
     return [
         Step(
             "latents",
-            {"owner": asdict(config.owner), "examples": asdict(config.examples), "kept": asdict(settings.kept)},
+            {name: asdict(getattr(config, name)) for name in ("owner", "examples", "intervals", "nulls")}
+            | {"kept": asdict(settings.kept)},
             inputs_of_latents(settings, crosscoder_folder),
-            (LATENTS, EXAMPLES, MAXIMA),
+            OUTPUTS,
             lambda: write_latents(settings, crosscoder_folder, folder),
         ),
         Step(
@@ -107,19 +115,45 @@ def steps_of_pair(settings: AnalysisSettings, crosscoder_folder: Path, folder: P
         ),
         Step(
             "annotate",
-            asdict(config.annotate),
+            asdict(config.annotate) | _asked(config, "describe", config.annotate.annotator == "llm"),
             files(folder, LATENTS, EXAMPLES),
             (ANNOTATIONS,),
             lambda: annotate(settings, folder),
+            lambda: has_failed(folder),
         ),
         Step(
             "categorise",
-            asdict(config.taxonomy),
+            asdict(config.taxonomy) | _asked(config, "categorise", placer_of(config) == "llm"),
             taxonomy | files(folder, ANNOTATIONS),
             (CATEGORIES, CLASSES),
             lambda: categorise(settings, folder),
+            lambda: has_failed_places(folder),
         ),
+        _score(settings, folder),
     ]
+
+
+def _score(settings: AnalysisSettings, folder: Path) -> Step:
+    """Held-out tests of the descriptions, if there is a judge, and agreement between votes."""
+    config, judge = settings.analysis, judge_of(settings.analysis)
+    decides = asdict(config.scoring) | {"agreement": asdict(config.agreement), "judge": judge}
+    if judge:
+        prompts = {f"prompt_{name}": hash_of(name) for name in PROMPTS.values()}
+        decides |= {"num_shown": config.annotate.num_documents, "llm": config.llm.decisive} | prompts
+    taxonomy = {"taxonomy": Path(config.taxonomy.path or DEFAULT)}
+    return Step(
+        "score",
+        decides,
+        taxonomy | files(folder, LATENTS, EXAMPLES, ANNOTATIONS, CATEGORIES),
+        (AGREEMENT, *((SCORES, SUMMARY, VERDICTS) if judge else ())),
+        lambda: score(settings, folder),
+        lambda: has_failed_scores(folder),
+    )
+
+
+def _asked(config: AnalysisConfig, prompt: str, is_asked: bool) -> dict:
+    """What decides the answers of language models, for a step that asks them."""
+    return {"llm": config.llm.decisive | {"prompt": hash_of(prompt)}} if is_asked else {}
 
 
 def steps_of_study(settings: AnalysisSettings, folders: list[Path]) -> list[Step]:
@@ -130,12 +164,14 @@ def steps_of_study(settings: AnalysisSettings, folders: list[Path]) -> list[Step
         run = Path(settings.outputs) / "runs" / folder.name
         training = {path.name: path for path in (run / "metrics.jsonl", run / "config.yaml") if path.exists()}
         inputs |= {f"{folder.name}/{name}": path for name, path in (files(folder, *NEEDED) | training).items()}
+    inputs |= inputs_of_comparison(config.compare, folders)
     chosen = {"taxonomy": asdict(config.taxonomy), "compare": asdict(config.compare)}
     shown = chosen | {name: asdict(getattr(config, name)) for name in ("owner", "tags", "annotate", "report")}
     shown["kept"] = asdict(settings.kept) | {"hookpoint": settings.hookpoint}
+    read = inputs | optional_inputs(Path(settings.outputs), folders)
     return [
-        Step("compare", chosen, inputs, outputs_of(folders), lambda: compare(settings, folders)),
-        Step("report", shown, inputs, (INDEX, "figures", "tables"), lambda: report(settings, folders)),
+        Step("compare", chosen, inputs, outputs_of(config.compare, folders), lambda: compare(settings, folders)),
+        Step("report", shown, read, (INDEX, "figures", "tables"), lambda: report(settings, folders)),
     ]
 
 

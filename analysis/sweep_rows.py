@@ -16,8 +16,8 @@ import yaml
 
 from analysis.columns import read_columns
 from analysis.config import AnalysisSettings, OwnerConfig
-from analysis.report import last_value, read_metrics
-from analysis.scaling import holders
+from analysis.owners import holders
+from analysis.report_pairs import last_value, read_metrics
 from extract.errors import BadInput
 from train.crosscoder import CONFIG_FILE, WEIGHTS_FILE, Crosscoder
 from train.histograms import delta_norm

@@ -17,55 +17,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analysis.config import AnalysisSettings, TagsConfig
-from analysis.examples import DocumentFirings
+from analysis.maxima import SCHEMA
 from extract.publish import publish
 from extract.stores import TokenDocument, TokenStore
 from train.runs import selected_pair
-
-# Rows that are written together: Parquet files of many small row groups are slow to read.
-ROWS_PER_GROUP = 2**20
-MAXIMA_SCHEMA = pa.schema([("latent", pa.int32()), ("document", pa.int32()), ("max_activation", pa.float32())])
-
-
-class MaximaWriter:
-    """Streams (latent, document, maximum) rows of the latents in `wanted_L`, those that a model may own.
-
-    They are gathered while the store is read for everything else: another pass would read terabytes again. The maxima
-    of all latents would fill tens of gigabytes, but the decoder norms alone rule out nearly all of them beforehand.
-    """
-
-    def __init__(self, file: BinaryIO, wanted_L: np.ndarray) -> None:
-        self._writer = pq.ParquetWriter(file, MAXIMA_SCHEMA)
-        self._wanted_L = wanted_L
-        self._waiting: list[pa.RecordBatch] = []
-        self._num_waiting = 0
-
-    def __enter__(self) -> MaximaWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._flush()
-        self._writer.close()
-
-    def add(self, firings: DocumentFirings) -> None:
-        wanted_g = self._wanted_L[firings.latent_g]
-        columns = (firings.latent_g, firings.document_g, firings.maximum_g)
-        arrays = [pa.array(column[wanted_g], kind) for column, kind in zip(columns, MAXIMA_SCHEMA.types, strict=True)]
-        self._waiting.append(pa.record_batch(arrays, schema=MAXIMA_SCHEMA))
-        self._num_waiting += len(arrays[0])
-        if self._num_waiting >= ROWS_PER_GROUP:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_batches(self._waiting, MAXIMA_SCHEMA))
-        self._waiting, self._num_waiting = [], 0
 
 
 @dataclass(frozen=True)
@@ -148,7 +109,7 @@ def _prompt_hash(document: TokenDocument) -> str:
 def read_scores(path: Path, latents: list[int], num_documents: int) -> dict[int, np.ndarray]:
     """Scores (num_documents,) float32 of each latent in `latents`."""
     table = pq.read_table(path, filters=[("latent", "in", latents)] if latents else [("latent", "<", 0)])
-    latent_g, document_g, maximum_g = (table[name].to_numpy() for name in MAXIMA_SCHEMA.names)
+    latent_g, document_g, maximum_g = (table[name].to_numpy() for name in SCHEMA.names)
     scores = {latent: np.zeros(num_documents, dtype=np.float32) for latent in latents}
     for latent, score_n in scores.items():
         mine_g = latent_g == latent

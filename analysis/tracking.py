@@ -15,6 +15,8 @@ from train.metric_table import units
 # Of an analysis folder: what becomes a table, by its name, and what the artifact holds.
 TABLES = {"categories": "categories.csv", "classes": "classes.csv"}
 FILES = (*NEEDED, "classes.csv", "config.yaml")
+# Of these, what quotes documents, or may: not sent where the report withholds it.
+QUOTING = ("examples.sqlite", "annotations.jsonl", "categories.csv")
 
 
 def track(settings: AnalysisSettings, folders: list[Path], report_folder: Path) -> None:
@@ -22,11 +24,31 @@ def track(settings: AnalysisSettings, folders: list[Path], report_folder: Path) 
     owners, page = report_folder / "tables" / "owners.csv", report_folder / "index.html"
     facts = asdict(settings) | {"units": units("analysis")}
     mirror = Mirror(settings.tracking, report_folder, "analysis", "analysis", settings.study, facts)
-    tables = {f"analysis/{name}/{f.name}": f / file for f in folders for name, file in TABLES.items()}
-    tables |= {f"analysis/comparisons/{path.stem}": path for path in _comparisons(folders, report_folder)}
+    tables = tables_of(settings, folders, report_folder)
     mirror.show(latents_by_owner(owners), {"analysis/owners": owners, **tables}, {"analysis/report": page})
-    mirror.artifact(f"analysis-{settings.study}", "analysis", _files(folders, report_folder))
+    mirror.artifact(f"analysis-{settings.study}", "analysis", files_of(settings, folders, report_folder))
     mirror.end(0)
+
+
+def tables_of(settings: AnalysisSettings, folders: list[Path], report_folder: Path) -> dict[str, Path]:
+    """The tables that are logged: of each analysis, and the comparisons."""
+    shared = {name: file for name, file in TABLES.items() if _is_shared(settings, file)}
+    tables = {f"analysis/{name}/{f.name}": f / file for f in folders for name, file in shared.items()}
+    compared = _comparisons(settings, folders, report_folder)
+    return tables | {f"analysis/comparisons/{path.stem}": path for path in compared}
+
+
+def files_of(settings: AnalysisSettings, folders: list[Path], report_folder: Path) -> dict[str, Path]:
+    """The files of the artifact by their names in it."""
+    shared = [name for name in FILES if _is_shared(settings, name)]
+    found = {f"{folder.name}/{name}": folder / name for folder in folders for name in shared}
+    shown = [report_folder / "index.html", *report_folder.glob("tables/*"), *report_folder.glob("figures/*")]
+    found |= {f"report/{path.relative_to(report_folder)}": path for path in shown}
+    return {name: path for name, path in found.items() if path.is_file()}
+
+
+def _is_shared(settings: AnalysisSettings, name: str) -> bool:
+    return settings.analysis.report.redact == "none" or name not in QUOTING
 
 
 def latents_by_owner(table: Path) -> dict[str, float]:
@@ -36,14 +58,7 @@ def latents_by_owner(table: Path) -> dict[str, float]:
     return {f"analysis/latents/{row['pair']}/{row['owner']}": int(row["count"]) for row in rows}
 
 
-def _comparisons(folders: list[Path], report_folder: Path) -> list[Path]:
-    """The tables of tuned models that share a base."""
-    return [report_folder / name for name in outputs_of(folders) if name.endswith(".csv")]
-
-
-def _files(folders: list[Path], report_folder: Path) -> dict[str, Path]:
-    """By their names in the artifact."""
-    found = {f"{folder.name}/{name}": folder / name for folder in folders for name in FILES}
-    shown = [report_folder / "index.html", *report_folder.glob("tables/*"), *report_folder.glob("figures/*")]
-    found |= {f"report/{path.relative_to(report_folder)}": path for path in shown}
-    return {name: path for name, path in found.items() if path.is_file()}
+def _comparisons(settings: AnalysisSettings, folders: list[Path], report_folder: Path) -> list[Path]:
+    """The tables of tuned models that share a base, and the flow of latents."""
+    names = outputs_of(settings.analysis.compare, folders)
+    return [report_folder / name for name in names if name.endswith(".csv")]

@@ -15,8 +15,9 @@ from torch import Tensor
 from extract.metrics_file import Metrics
 from train.batch_topk import Selection
 from train.crosscoder import Crosscoder
-from train.encoder import Operands, encoder_chunks
+from train.encoder import Operands
 from train.histograms import latent_metrics
+from train.inference import inference_codes
 from train.placement import Share
 from train.sparse import add_scores, decode, top_scores
 
@@ -101,7 +102,7 @@ def evaluation_codes(
     With `share`, B is of all ranks, `token_B` has this rank's numbers among them, and the codes are of its latents.
     """
     if crosscoder.threshold is not None:
-        return _codes_above(crosscoder.threshold, x_BW, operands)
+        return inference_codes(crosscoder.threshold, x_BW, operands)
     share = share or Share(crosscoder.num_latents)
     num_tokens = int(share.tokens.sum(torch.tensor(len(x_BW), device=x_BW.device), "tokens of validation"))
     top = top_scores(share, crosscoder.config.k * num_tokens, num_tokens, x_BW.device, token_B)
@@ -127,20 +128,9 @@ def reconstructions(crosscoder: Crosscoder, raw_bMD: Tensor, operands: Operands,
     if not len(x_BMD):
         return x_BMD
     assert crosscoder.threshold is not None
-    selection, code_S = _codes_above(crosscoder.threshold, x_BMD.flatten(1), operands)
+    selection, code_S = inference_codes(crosscoder.threshold, x_BMD.flatten(1), operands)
     recons_BW = decode(selection, code_S, len(x_BMD), operands, with_bias=latents.rank == 0)
     return crosscoder.unscale(latents.sum_parts(recons_BW, "reconstructions")[:num_own].view(-1, *x_BMD.shape[1:]))
-
-
-def _codes_above(threshold: float, x_BW: Tensor, operands: Operands) -> tuple[Selection, Tensor]:
-    parts = []
-    for first, pre_BC in encoder_chunks(x_BW, operands):
-        scale_C = operands.scale_L[first : first + pre_BC.shape[1]]
-        token_S, latent_S = (pre_BC.relu_() * scale_C > threshold).nonzero(as_tuple=True)
-        parts.append((token_S, latent_S + first, pre_BC[token_S, latent_S]))
-    token_S, latent_S, code_S = (torch.cat(column) for column in zip(*parts, strict=True))
-    order_S = token_S.argsort(stable=True)  # chunks ascend, so latents do within a token
-    return Selection(token_S[order_S], latent_S[order_S]), code_S[order_S]
 
 
 class Throughput:

@@ -103,7 +103,34 @@ def write_latents(path: Path, models: list[str], own: set[int], seed: int = 0) -
         lost = dead | (owned & (not mine))
         columns[f"nu_error_{model}"] = np.where(lost, np.nan, error)
         columns[f"nu_reconstruction_{model}"] = np.where(lost, np.nan, reconstruction)
-    pq.write_table(pa.table(columns), path)
+        for name in ("nu_error", "nu_reconstruction"):
+            columns[f"{name}_{model}_low"] = columns[f"{name}_{model}"] - 0.05
+            columns[f"{name}_{model}_high"] = columns[f"{name}_{model}"] + 0.05
+    pq.write_table(activity_table(columns, dead), path)
+
+
+def activity_table(columns: dict[str, np.ndarray], dead: np.ndarray) -> pa.Table:
+    """Adds where latents fire, histograms of activations and groups of near-duplicates, drawn with a seed of their own.
+
+    Latent 301 is a near-duplicate of 300, 103 of 102.
+    """
+    rng = np.random.default_rng(7)
+    active = columns["num_active_tokens"]
+    columns["num_documents"] = np.minimum(active, rng.integers(1, 500, NUM_LATENTS))
+    template, prose = rng.uniform(0, 0.2, NUM_LATENTS), rng.uniform(0, 0.5, NUM_LATENTS)
+    shares = {
+        "share_template": template,
+        "share_role_user": (1 - template - prose) / 2,
+        "share_role_assistant": (1 - template - prose) / 2,
+        "share_source_prose": prose,
+        "share_source_behaviours": 1 - prose,
+    }
+    columns |= {name: np.where(dead, np.nan, share) for name, share in shares.items()}
+    group = np.arange(NUM_LATENTS, dtype=np.int32)
+    group[[301, 103]] = [300, 102]
+    histogram = [np.bincount(rng.integers(0, 4, n), minlength=4) for n in active]
+    table = pa.table(columns | {"group": group, "histogram": pa.array(histogram, pa.list_(pa.int64()))})
+    return table.replace_schema_metadata({"histogram_edges": json.dumps([0.5, 1.0, 2.0, 4.0, 8.0])})
 
 
 def write_latents_of_many(path: Path, models: list[str], own: dict[str, set[int]], seed: int = 0) -> None:
@@ -154,8 +181,15 @@ def write_examples(path: Path, planted: dict[int, str], num_documents: int = 8, 
                 tokens = before + split_tokens(" " + text) + split_tokens(" " + " ".join(rng.choice(FILLER, 30)))
                 fired = [[len(before) + i, round(float(10 - rank - i / 2), 3)] for i in range(4)]
                 database.execute(
-                    "INSERT INTO documents VALUES (?, ?, ?, ?, ?)",
-                    (number, f"d{number}", "behaviours", json.dumps({"behaviour": "planted"}), json.dumps(tokens)),
+                    "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?)",
+                    (
+                        number,
+                        f"d{number}",
+                        "behaviours",
+                        json.dumps({"behaviour": "planted"}),
+                        json.dumps(tokens),
+                        json.dumps([["user", 3, len(before) - 2]]),
+                    ),
                 )
                 database.execute(
                     "INSERT INTO examples VALUES (?, ?, ?, ?, ?)",
@@ -165,7 +199,7 @@ def write_examples(path: Path, planted: dict[int, str], num_documents: int = 8, 
         for _ in range(100):
             tokens = json.dumps(split_tokens(" ".join(rng.choice(FILLER, 60))))
             database.execute(
-                "INSERT INTO documents VALUES (?, ?, ?, ?, ?)", (number, f"d{number}", "prose", "{}", tokens)
+                "INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?)", (number, f"d{number}", "prose", "{}", tokens, "[]")
             )
             number += 1
         database.execute("CREATE INDEX examples_latent ON examples(latent, rank)")

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.annotate import ANNOTATOR, Annotation, annotate, describe, fragment, judge, read_annotations
+from analysis.annotate import ANNOTATOR, Annotation, annotate, read_annotations
 from analysis.config import AnnotateConfig
 from analysis.examples import Example
+from analysis.offline import describe, fragment, judge
 from analysis.wording import Background, Evidence, count_background, log_odds, near, ngrams_of, of_template, words_of
 from tests.analysis.made_study import FILLER, make_study, split_tokens, write_examples, write_latents
 

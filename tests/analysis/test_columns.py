@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from analysis import figures
-from analysis.cards import nearest_to, read_rows
+from analysis.cards import read_rows
 from analysis.columns import (
     delta_norm_of,
     members_of,
@@ -21,6 +21,8 @@ from analysis.columns import (
     read_columns,
 )
 from analysis.config import OwnerConfig
+from analysis.figure_selection import nu_scatter, single_panel
+from analysis.nearest import nearest_to
 from tests.analysis.made_study import NUM_LATENTS, write_latents, write_latents_of_many
 
 MODELS = ["base", "simpo", "dpo"]
@@ -90,10 +92,10 @@ def test_two_models_are_themselves(tmp_path: Path) -> None:
 def test_figures_show_each_tuned_model_beside_the_base(folder: Path, tuned: str) -> None:
     pair, colours = ["base", tuned], figures.model_colours([MODELS])
     seen = of_two_models(read_columns(folder), MODELS, *pair)
-    histogram = figures.delta_norm_histogram(seen, pair, colours, OwnerConfig())
+    histogram = single_panel("delta_norm", seen, pair, colours, OwnerConfig())
     labels = [text.get_text() for text in histogram.axes[0].get_legend().get_texts()]
     assert {"base-only (1)", f"{tuned}-only ({len(OWN[tuned])})"} <= set(labels)
-    scatter = figures.nu_scatter(seen, pair, colours, OwnerConfig())
+    scatter = nu_scatter(seen, pair, colours, OwnerConfig())
     own = scatter.axes[1].collections[-1].get_offsets()
     assert sorted(own[:, 0].tolist()) == sorted(seen[f"nu_error_{tuned}"][sorted(OWN[tuned])].tolist())
 

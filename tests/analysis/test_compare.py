@@ -1,46 +1,30 @@
-"""The published tables from their counts, what may be claimed, and bad files of counts."""
+"""Which models are compared, what may be claimed of them, and bad files of counts."""
 
 from __future__ import annotations
 
 import csv
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from analysis.annotate import annotate
-from analysis.compare import show
-from analysis.comparison import Comparison, compare, compare_counts, comparisons_of, outputs_of, table_of
-from analysis.config import CompareConfig
-from analysis.counts import columns_of_folders, read_counts
+from analysis.bootstrap import Units, units_of_counts
+from analysis.changes import Change, Comparison
+from analysis.compare import counts_settings, show
+from analysis.compare_config import CompareConfig
+from analysis.comparison import check_reference, compare, comparisons_of, outputs_of
+from analysis.comparison_tables import changes_table, table_of
+from analysis.counts import Counts, columns_of_folders, read_counts
+from analysis.pairwise import compare_counts, pairs_of_models
+from analysis.selected import Side
 from analysis.taxonomy import categorise, load_taxonomy
 from extract.errors import BadInput
 from tests.analysis.made_study import make_study, write_latents
 
-# arXiv 2509.18792, tables 2 and 5: latents of 112 (it), 89 (SimPO) and 109 (DPO), and the printed shares and changes.
-CLASSES = {
-    "Linguistic Capabilities": ((7, 8, 6), ("6.25", "8.99", "5.50"), ("+43.8", "−12")),
-    "Safety & Content Moderation": ((18, 19, 16), ("16.07", "21.35", "14.68"), ("+32.8", "−9")),
-    "Information Processing": ((19, 16, 16), ("16.96", "17.98", "14.68"), ("+6.0", "−13")),
-    "Format & Structure Control": ((12, 10, 14), ("10.71", "11.24", "12.84"), ("+4.9", "+20")),
-    "User Interaction Management": ((16, 11, 20), ("14.29", "12.36", "18.35"), ("−13.5", "+28")),
-    "Specialized Capabilities": ((32, 21, 28), ("28.57", "23.60", "25.69"), ("−17.4", "−10")),
-    "Error Handling & Quality Control": ((7, 4, 9), ("6.25", "4.49", "8.26"), ("−28.1", "+32")),
-}
-# Table 4: latents of it and SimPO, and the printed change.
-CATEGORIES = {
-    "Sexual Content Filtering": (5, 7, "+76.2"),
-    "Template Following": (2, 4, "+151.7"),
-    "Instruction Following": (2, 4, "+151.7"),
-    "Multilingual Processing": (4, 5, "+57.3"),
-    "Factual Verification": (2, 3, "+88.8"),
-    "Model Self-Reference": (9, 4, "−44.1"),
-    "Query Classification": (10, 5, "−37.1"),
-    "Structured Output Generation": (8, 4, "−37.1"),
-    "Hallucination Detection": (4, 1, "−68.5"),
-    "Code Generation & Analysis": (7, 4, "−28.1"),
-}
 CONFIG = CompareConfig(resamples=2000)
 
 
@@ -50,67 +34,165 @@ def write_counts(path: Path, header: list[str], rows: list[list[object]]) -> Pat
     return path
 
 
-def class_file(folder: Path) -> Path:
-    rows: list[list[object]] = [[name, *counts] for name, (counts, _, _) in CLASSES.items()]
-    return write_counts(folder / "classes.csv", ["category", "it", "SimPO", "DPO"], [*rows, ["unclassified", 1, 0, 0]])
+def compared(path: Path, config: CompareConfig = CONFIG) -> list[Comparison]:
+    return [one for counts in read_counts(path, load_taxonomy()) for one in compare_counts(counts, config)]
 
 
-def compared(path: Path) -> list[Comparison]:
-    return [one for counts in read_counts(path, load_taxonomy()) for one in compare_counts(counts, CONFIG)]
-
-
-def test_the_published_class_tables_come_back_from_their_counts(tmp_path: Path) -> None:
-    simpo, dpo = compared(class_file(tmp_path))
-    assert (simpo.level, simpo.changes[0].total_a, simpo.changes[0].total_b) == ("class", 112, 89)
-    assert (dpo.model_b, dpo.changes[0].total_b) == ("DPO", 109)
-    for row in table_of(simpo).printed:
-        (it, _, _), shares, changes = CLASSES[row[0]]
-        assert row[1] == f"{it}/112"
-        assert (row[2], row[4], row[7]) == (f"{shares[0]}\u00a0%", f"{shares[1]}\u00a0%", changes[0])
-    for change in dpo.changes:
-        _, shares, changes = CLASSES[change.name]
-        assert f"{100 * change.share_b:.2f}" == shares[2]
-        # Whole percents as printed; -13.46 and 32.1 round to them.
-        assert f"{100 * change.change:+.0f}".replace("-", "−") == changes[1]
-    information = next(change for change in dpo.changes if change.name == "Information Processing")
-    assert round(100 * information.difference, 2) == -2.29
-
-
-def test_the_published_category_table_comes_back_from_its_counts(tmp_path: Path) -> None:
-    rows: list[list[object]] = [[name, it, simpo] for name, (it, simpo, _) in CATEGORIES.items()]
-    named = [sum(row[side] for row in CATEGORIES.values()) for side in (0, 1)]
-    rest = ["unclassified", 112 - named[0], 89 - named[1]]
-    classes, categories = compared(write_counts(tmp_path / "c.csv", ["category", "it", "SimPO"], [*rows, rest]))
-    assert (classes.level, categories.level) == ("class", "category")
-    printed = {row[0]: row[7] for row in table_of(categories).printed}
-    assert printed == {name: row[2] for name, row in CATEGORIES.items()}
-    safety = next(change for change in classes.changes if change.name == "Safety & Content Moderation")
-    assert (safety.count_a, safety.count_b) == (5, 7)
-
-
-def test_nothing_may_be_claimed_from_the_published_counts(tmp_path: Path) -> None:
-    simpo, dpo = compared(class_file(tmp_path))
-    for comparison in (simpo, dpo):
-        assert min(change.q for change in comparison.changes) > 0.05
-        assert comparison.global_p > 0.8
-        assert comparison.claim.startswith("No class differs significantly")
-        assert "may not be claimed" in comparison.claim
-    assert f"p = {simpo.global_p:.2f}" in simpo.claim
+def change_named(comparison: Comparison, name: str) -> Change:
+    return next(change for change in comparison.changes if change.name == name)
 
 
 def test_a_true_difference_is_claimed_and_the_rest_is_not(tmp_path: Path) -> None:
     rows: list[list[object]] = [["one", 5, 60], ["two", 50, 48], ["unclassified", 145, 92]]
     (comparison,) = compared(write_counts(tmp_path / "c.csv", ["category", "a", "b"], rows))
-    assert comparison.claim.startswith("May be claimed")
+    assert comparison.claim.startswith("May be claimed (Fisher exact tests corrected for 2 categories): one more")
     assert "one more frequent in b (5 of 200 against 60 of 200" in comparison.claim
     assert "two" not in comparison.claim
     # Of 2,000 permutations of so unequal rows none is as extreme: p = 1 / 2,001.
-    assert comparison.claim.endswith("at once, the 145 and 92 latents in none included: p < 0.001.")
+    assert (
+        "145 and 92 latents in none of them included: p < 0.001, so that a difference as a whole may be claimed."
+        in (comparison.claim)
+    )
+    one, two = comparison.changes
+    assert one.may_be_claimed and not two.may_be_claimed
+    assert one.claim.startswith("May be claimed: the share of b is larger (60 of 200 against 5 of 200")
+    assert "nor that b is better at it" in one.claim
+    assert two.claim.startswith("May not be claimed: that b has more or less of it (48 of 200 against 50 of 200")
 
 
-def test_unclassified_latents_count_towards_the_totals_alone(tmp_path: Path) -> None:
+def test_what_would_have_been_found_is_said_in_the_direction_of_the_change(tmp_path: Path) -> None:
+    rows: list[list[object]] = [
+        ["up", 20, 22],
+        ["down", 60, 50],
+        ["rare", 1, 0],
+        ["none", 0, 0],
+        ["unclassified", 19, 28],
+    ]
+    (comparison,) = compared(write_counts(tmp_path / "c.csv", ["category", "a", "b"], rows))
+    up, down, rare, none = comparison.changes
+    rise, doubling = f"{100 * up.detectable_rise:.0f}", f"{100 * up.power_of_doubling:.0f}"
+    assert f"a rise of {rise}\u00a0% or more; a doubling, with {doubling}\u00a0%." in up.claim
+    assert f"a fall of {-100 * down.detectable_fall:.0f}\u00a0% or more." in down.claim
+    assert "Not even its absence from the latents of b would have been found" in rare.claim
+    assert none.claim.startswith("Nothing may be claimed: no latent of either model")
+    assert math.isnan(none.chance) and math.isnan(none.change)
+
+
+def test_all_comparisons_are_corrected_together(tmp_path: Path) -> None:
+    rows: list[list[object]] = [["x", 2, 14, 3], ["y", 20, 20, 25], ["unclassified", 78, 66, 72]]
+    path = write_counts(tmp_path / "c.csv", ["category", "a", "b", "c"], rows)
+    b, c = compared(path)
+    pvalues = sorted(change.p for one in (b, c) for change in one.changes)
+    smallest = change_named(b, "x")
+    # The smallest of four p: q = 4 p.
+    assert smallest.p == pvalues[0] and smallest.q == pytest.approx(4 * pvalues[0])
+    assert "corrected for 4 tests: 2 categories in 2 comparisons" in b.claim
+    assert b.global_p_of_all == c.global_p_of_all and "all compared models are alike" in c.claim
+
+
+def test_a_category_without_a_row_counts_as_a_test(tmp_path: Path) -> None:
+    rows: list[list[object]] = [["Creative Generation", 5, 60], ["unclassified", 195, 140]]
+    (comparison,) = compared(write_counts(tmp_path / "c.csv", ["category", "a", "b"], rows))
+    (change,) = comparison.changes
+    assert comparison.num_names == 30 and change.q == pytest.approx(30 * change.p)
+
+
+def test_classes_come_from_files_of_all_categories_alone(tmp_path: Path) -> None:
+    names = [category.name for category in load_taxonomy()]
+    rows: list[list[object]] = [[name, 1, 2] for name in names]
+    classes, categories = compared(write_counts(tmp_path / "all.csv", ["category", "a", "b"], rows))
+    assert (classes.level, categories.level) == ("class", "category")
+    safety = change_named(classes, "Safety & Content Moderation")
+    assert (safety.count_a, safety.count_b) == (6, 12)
+    (alone,) = compared(write_counts(tmp_path / "most.csv", ["category", "a", "b"], rows[1:]))
+    assert alone.level == "category"
+
+
+def test_which_models_are_compared() -> None:
+    models = ["it", "simpo", "dpo"]
+    assert pairs_of_models(models, CompareConfig()) == [("it", "simpo"), ("it", "dpo")]
+    assert pairs_of_models(models, CompareConfig(reference="dpo")) == [("dpo", "it"), ("dpo", "simpo")]
+    every = [("it", "simpo"), ("it", "dpo"), ("simpo", "dpo")]
+    assert pairs_of_models(models, CompareConfig(every_pair=True)) == every
+    with pytest.raises(BadInput, match=r"reference \(sipmo\) is none of the compared models: it, simpo, dpo"):
+        check_reference(models, "sipmo")
+
+
+def made_counts(sides: tuple[Side, Side], clusters: int = 0) -> Counts:
+    """40 latents of a outside x, 40 of b of which 12 in x; those 12 form `clusters` clusters if that is given."""
+    a, b = units_of_counts([0], 40), units_of_counts([12], 28)
+    if clusters:
+        b.cluster_n[:] = np.unique(
+            np.where(np.arange(40) < 12, np.arange(40) % clusters, np.arange(40)), return_inverse=True
+        )[1]
+    return Counts("category", ["a", "b"], {"x": [0, 12]}, [40, 40], units=(a, b), sides=sides)
+
+
+def test_near_duplicates_take_a_claim_away() -> None:
+    sides = (Side(40, 0, frozenset({"llm"})), Side(40, 0, frozenset({"llm"})))
+    (apart,) = compare_counts(made_counts(sides), CONFIG)
+    assert apart.changes[0].may_be_claimed and "clusters" not in apart.caveat
+    (one,) = compare_counts(made_counts(sides, clusters=1), CONFIG)
+    (change,) = one.changes
+    # One cluster is in no resample with probability (28/29)^29 = .36: its share can be 0, as that of a.
+    assert change.q < 0.05 and change.bootstrap_difference_low == 0 and not change.may_be_claimed
+    assert "In spite of its q" in change.claim and "x too, in spite of a q below 0.05" in one.claim
+    assert "40 and 29 clusters of near-duplicates, which permutations and resamples keep whole" in one.caveat
+    assert change.p_clusters == pytest.approx(29 / 69, abs=0.05) and apart.changes[0].p_clusters == apart.changes[0].p
+    # Left out as a whole, nothing remains of x.
+    assert change.without_one_low == 0 and apart.changes[0].without_one_low == math.inf
+    assert one.global_p > 0.2 > apart.global_p
+
+
+def test_near_duplicates_do_not_make_claims_out_of_nothing() -> None:
+    """40 clusters of three equal latents in either model, all alike: Fisher's test takes them for 120."""
+    rng = np.random.default_rng(1)
+    sides = (Side(120, 0, frozenset()),) * 2
+    num, claimed, called = 60, 0, 0
+    for seed in range(num):
+        names = [np.repeat(rng.integers(0, 5, 40), 3) for _ in sides]
+        units = tuple(Units(np.repeat(np.arange(40), 3), row[:, None], np.ones(120, int)) for row in names)
+        by_name = {str(name): [int((row == name).sum()) for row in names] for name in range(5)}
+        counts = Counts("category", ["a", "b"], by_name, [120, 120], units=units, sides=sides)
+        (comparison,) = compare_counts(counts, CompareConfig(resamples=300, seed=seed))
+        claimed += any(change.may_be_claimed for change in comparison.changes)
+        called += any(change.q < 0.05 for change in comparison.changes)
+    assert called / num > 0.3 and claimed / num <= 0.1
+
+
+def test_different_annotators_take_all_claims_away() -> None:
+    sides = (Side(40, 0, frozenset({"offline"})), Side(40, 3, frozenset({"llm"})))
+    (comparison,) = compare_counts(made_counts(sides), CONFIG)
+    assert comparison.claim.startswith(
+        "Nothing may be claimed: the latents of a were named by offline, those of b by llm"
+    )
+    assert "different annotators" in comparison.changes[0].claim
+    assert "People put 0 and 3 of them into their categories." in comparison.caveat
+
+
+def test_a_model_without_latents_is_said_to_have_none() -> None:
+    sides = (Side(4, 0, frozenset()), Side(5, 0, frozenset({"llm"})))
+    units = (units_of_counts([0], 0), units_of_counts([3], 2))
+    counts = Counts("category", ["a", "b"], {"x": [0, 3]}, [0, 5], units=units, sides=sides)
+    (comparison,) = compare_counts(counts, CONFIG)
+    nothing = (
+        "Nothing can be compared: a has 0 latents of its own that are in a category (of 4 selected) and b has 5 latents"
+    )
+    assert comparison.claim.startswith(nothing)
+    assert comparison.changes[0].claim.startswith("Nothing can be compared")
+    assert table_of(comparison).printed[0][:3] == ["x", "0/0", "–"]
+    assert changes_table(comparison, 5).printed == []
+    counts = Counts("class", ["a", "b"], {"x": [0, 0]}, [0, 0], units=(units[0], units[0]), sides=sides)
+    (neither,) = compare_counts(counts, CONFIG)
+    assert neither.claim.startswith("Nothing can be compared") and neither.global_p == 1
+    assert changes_table(neither, 5).printed[0][:3] == ["x", "–", "–"]
+
+
+def test_counts_alone_say_what_they_do_not_know(tmp_path: Path) -> None:
     rows: list[list[object]] = [["x", 1, 1], ["unclassified", 3, 0]]
     (comparison,) = compared(write_counts(tmp_path / "c.csv", ["category", "a", "b"], rows))
+    assert comparison.caveat.startswith("Near-duplicates and repeated annotations are unknown from counts alone")
+    # Unclassified latents count towards the totals alone.
     assert [change.name for change in comparison.changes] == ["x"]
     assert (comparison.changes[0].share_a, comparison.changes[0].share_b) == (0.25, 1.0)
 
@@ -126,6 +208,7 @@ def test_unclassified_latents_count_towards_the_totals_alone(tmp_path: Path) -> 
         ("category,it,dpo\nx,1\n", "1 counts for 2 models"),
         ("category,it,dpo\nx,1,2\nx,1,2\n", "'x' occurs twice"),
         ("category,it,dpo\nx,0,2\n", "it has no latents"),
+        ("category,it,dpo\nunclassified,3,4\n", "no row names a category"),
     ],
 )
 def test_bad_counts_are_named(tmp_path: Path, content: str, problem: str) -> None:
@@ -159,7 +242,8 @@ def test_only_pairs_that_share_a_base_are_compared(tmp_path: Path) -> None:
         ("class", "simpo", "dpo"),
         ("category", "simpo", "dpo"),
     ]
-    assert (comparisons[0].changes[0].total_a, comparisons[0].changes[0].total_b) == (3, 2)  # planted latents
+    assert comparisons[0].totals == (3, 2)  # planted latents
+    assert comparisons[0].basis.selected == (3, 2) and comparisons[0].basis.num_votes == 1
     assert comparisons[0].annotator == comparisons[1].annotator == "offline (n-grams), category by TF-IDF"
     tables = tmp_path / "report" / "tables"
     for name in ("category_simpo_dpo", "class_simpo_dpo"):
@@ -167,10 +251,12 @@ def test_only_pairs_that_share_a_base_are_compared(tmp_path: Path) -> None:
         with (tables / f"{name}.csv").open(newline="") as file:
             assert {row["annotator"] for row in csv.DictReader(file)} == {comparisons[0].annotator}
     written = sorted(path.name for path in tables.iterdir())
-    assert written == ["category_simpo_dpo.csv", "category_simpo_dpo.tex", "class_simpo_dpo.csv", "class_simpo_dpo.tex"]
-    assert sorted(outputs_of(folders)) == [f"tables/{name}" for name in written]
-    assert comparisons_of(settings, folders[:1]) == [] and outputs_of(folders[:1]) == ()
-    assert show([]).startswith("Nothing to compare")
+    names = ["category_simpo_dpo", "changes_category_simpo_dpo", "changes_class_simpo_dpo", "class_simpo_dpo", "flow"]
+    assert written == [f"{name}.{ending}" for name in names for ending in ("csv", "tex")]
+    config = settings.analysis.compare
+    assert sorted(outputs_of(config, folders)) == [f"tables/{name}" for name in written]
+    assert comparisons_of(settings, folders[:1]) == []
+    assert outputs_of(config, folders[:1]) == ("tables/flow.csv", "tables/flow.tex")
 
 
 def test_columns_are_named_after_tuned_models_and_folders_where_these_repeat(tmp_path: Path) -> None:
@@ -184,11 +270,63 @@ def test_columns_are_named_after_tuned_models_and_folders_where_these_repeat(tmp
     assert columns_of_folders([both, a]) == {"b_a_c a": (both, "a"), "b_a_c c": (both, "c"), "b_a": (a, "a")}
 
 
+def test_the_terminal_shows_names_with_latents_and_each_caveat_once(tmp_path: Path) -> None:
+    rows: list[list[object]] = [["seen", 5, 6], ["unseen", 0, 0]]
+    comparisons = compared(write_counts(tmp_path / "c.csv", ["category", "a", "b"], rows))
+    text = show(comparisons * 2, [])
+    assert "seen" in text and "unseen" not in text
+    assert text.count(comparisons[0].claim) == 2 and text.count(comparisons[0].caveat) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "problem"),
+    [
+        ("reasmples=200", "reasmples.*Settings beside counts=FILE: .*resamples"),
+        ("confidence=95", r"confidence \(95.0\) must lie between 0 and 1"),
+        ("resamples=0", r"resamples \(0\) must be at least 1"),
+        ("power=1", r"power \(1.0\)"),
+        ("power=0.05", r"power \(0.05\) must exceed 1 - confidence \(0.05\)"),
+        ("counts=", "counts= names no file"),
+        ("human_labels=true", "human_labels=true needs the latents of a study"),
+        ("leaderboard=none.csv", r"leaderboard \(none.csv\) is not a file"),
+        ("leaderboard_map.coding=x", "Give it: leaderboard=FILE"),
+    ],
+)
+def test_settings_that_cannot_be_used(argument: str, problem: str) -> None:
+    with pytest.raises(BadInput, match=problem):
+        counts_settings(["counts=x.csv", argument])
+
+
+def test_the_reference_goes_with_one_model_each() -> None:
+    with pytest.raises(BadInput, match=r"reference \(it\) means nothing with every_pair=true"):
+        counts_settings(["counts=x.csv", "reference=it", "every_pair=true"])
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "analysis.compare", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def test_the_command_needs_no_experiment_for_a_file(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "analysis.compare", f"counts={class_file(tmp_path)}", f"outputs={tmp_path / 'o'}"]
-    done = subprocess.run([*command, "resamples=200"], capture_output=True, text=True, check=True)
+    output = f"outputs={tmp_path / 'o'}"
+    done = run_command("counts=analysis/published/classes.csv", output, "resamples=200", "every_pair=true")
+    assert done.returncode == 0, done.stderr
     assert "6.25\u00a0%" in done.stdout and "may not be claimed" in done.stdout
-    assert (tmp_path / "o" / "class_it_DPO.tex").is_file()
-    wrong = subprocess.run([*command, "reasmples=200"], capture_output=True, text=True, check=False)
+    assert {path.stem for path in (tmp_path / "o").glob("class_*.tex")} == {
+        "class_it_DPO",
+        "class_it_SimPO",
+        "class_SimPO_DPO",
+    }
+    wrong = run_command("counts=analysis/published/classes.csv", output, "reasmples=200")
     assert wrong.returncode == 2
     assert "reasmples" in wrong.stderr and "resamples" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_one_side_alone_is_refused(tmp_path: Path) -> None:
+    settings, folders = make_study(tmp_path)
+    settings.analysis.taxonomy.encoder = "tfidf"
+    annotate(settings, folders[0])
+    categorise(settings, folders[0])
+    done = run_command("experiment=demo/base_simpo", f"outputs={tmp_path}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "one side alone" in done.stderr and "base_simpo: base -> simpo" in done.stderr

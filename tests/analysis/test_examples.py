@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.examples import DocumentFirings, TokenStrings, TopDocuments, ranks, write_examples
+from analysis.examples import TokenStrings, read_samples, significant, write_examples
+from analysis.firings import DocumentFirings
+from analysis.samples import DrawnSamples
+from analysis.top_documents import TopDocuments, ranks
 from extract.shards import write_tokens
 from extract.stores import TokenDocument, TokenStore
 from tests import tiny
@@ -53,7 +56,7 @@ def as_dict(top: DocumentFirings) -> dict[int, list[tuple[int, float, list]]]:
 @pytest.mark.parametrize("pending", [1, 50, 10**6])
 @pytest.mark.parametrize("num", [1, 3, 100])
 def test_top_documents_equal_a_full_sort(pending: int, num: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("analysis.examples.PENDING_TOKENS", pending)
+    monkeypatch.setattr("analysis.top_documents.PENDING_TOKENS", pending)
     rows = random_firings(seed=num, num_documents=40)
     top = TopDocuments(NUM_LATENTS, num)
     for start in range(0, 40, 7):
@@ -72,11 +75,11 @@ def test_the_order_of_the_stream_does_not_matter() -> None:
 
 def test_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ever stronger documents: each is a candidate when it comes, yet no more than the limit is ever held back."""
-    monkeypatch.setattr("analysis.examples.PENDING_TOKENS", 10)
+    monkeypatch.setattr("analysis.top_documents.PENDING_TOKENS", 10)
     top = TopDocuments(1, 2)
     for document in range(500):
         top.add(grouped([(document, 0, 0, float(document + 1))]))
-        assert sum(len(part.position_n) for part in top._parts) <= 2 + 11
+        assert sum(len(part.position_n) for part, _ in top._parts) <= 2 + 11
     assert as_dict(top.result()) == {0: [(499, 500.0, [(0, 500.0)]), (498, 499.0, [(0, 499.0)])]}
 
 
@@ -118,27 +121,47 @@ def test_a_tokenizer_that_strips_leading_spaces() -> None:
 def test_examples_as_sqlite(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
     documents = []
-    for i, text in enumerate(["ab", "cé", "unused"]):
+    for i, text in enumerate(["ab", "cé", "drawn", "unused"]):
         ids = np.array(tokenizer(text)["input_ids"], dtype=np.uint32)
-        documents.append(TokenDocument("", f"d{i}", "tests", ids, text, tags={"n": i}))
+        roles = [("user", 1, 2)] if i == 1 else []
+        documents.append(TokenDocument("", f"d{i}", "tests", ids, text, roles=roles, tags={"n": i}))
     write_tokens(tmp_path, documents)
     top = TopDocuments(NUM_LATENTS, 2)
     top.add(grouped([(0, 1, 4, 0.5), (0, 2, 4, 1.5), (1, 1, 4, 2.5), (1, 2, 0, 1 / 3)]))
+    silent = DocumentFirings.silent(np.array([4]), np.array([2]), np.array([0.25]))
+    firings = DocumentFirings.concatenate([grouped([(0, 1, 4, 0.5), (0, 2, 4, 1.5)]), silent])
+    drawn = DrawnSamples(firings, ["activating", "near_miss"], np.array([3, -1]))
     path = tmp_path / "examples.sqlite"
     for _ in range(2):  # a second writing replaces the first
-        write_examples(path, top.result(), TokenStore(tmp_path / "tokens"), tokenizer.decode)
+        write_examples(path, top.result(), drawn, TokenStore(tmp_path / "tokens"), tokenizer.decode)
     with sqlite3.connect(path) as database:
         documents = database.execute("SELECT * FROM documents ORDER BY document").fetchall()
         examples = database.execute("SELECT * FROM examples ORDER BY latent, rank").fetchall()
-        plan = database.execute("EXPLAIN QUERY PLAN SELECT * FROM examples WHERE latent = 4").fetchall()
-    assert [(*row[:4], json.loads(row[4])) for row in documents] == [
-        (0, "d0", "tests", '{"n": 0}', ["<bos>", "a", "b"]),
-        (1, "d1", "tests", '{"n": 1}', ["<bos>", "c", "", "é"]),
+        samples = database.execute("SELECT * FROM samples ORDER BY latent, kind").fetchall()
+        tables = ("examples", "samples")
+        plans = [database.execute(f"EXPLAIN QUERY PLAN SELECT * FROM {t} WHERE latent = 4").fetchall() for t in tables]
+        read = read_samples(database, 4)
+    assert [(*row[:4], json.loads(row[4]), json.loads(row[5])) for row in documents] == [
+        (0, "d0", "tests", '{"n": 0}', ["<bos>", "a", "b"], []),
+        (1, "d1", "tests", '{"n": 1}', ["<bos>", "c", "", "é"], [["user", 1, 2]]),
+        (2, "d2", "tests", '{"n": 2}', ["<bos>", *"drawn"], []),
     ]
     assert [(*row[:4], json.loads(row[4])) for row in examples] == [
         (0, 0, 1, pytest.approx(1 / 3), [[2, 0.333333]]),
         (4, 0, 1, 2.5, [[1, 2.5]]),
         (4, 1, 0, 1.5, [[1, 0.5], [2, 1.5]]),
     ]
-    assert "examples_latent" in plan[0][3]
+    assert samples == [
+        (4, "activating", 3, 0, 1.5, "[[1, 0.5], [2, 1.5]]"),
+        (4, "near_miss", None, 2, 0.25, "[]"),
+    ]
+    assert [plan[0][3].split()[4] for plan in plans] == ["examples_latent", "samples_latent"]
+    assert [(s.kind, s.quantile, s.document, s.max_activation) for s in read] == [row[1:5] for row in samples]
+    assert read[0].activations == {1: 0.5, 2: 1.5} and read[1].tokens == ("<bos>", *"drawn")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["examples.sqlite", "tokens"]
+
+
+def test_values_are_printed_with_six_digits() -> None:
+    values = np.float32([1 / 3, 0.1, 123.4567, 1234567.0, 1e-5, 2.0, 0.9999999])
+    assert significant(values).tolist() == [float(f"{value:.6g}") for value in values.tolist()]
+    assert [str(value) for value in significant(values).tolist()][:3] == ["0.333333", "0.1", "123.457"]

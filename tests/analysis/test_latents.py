@@ -10,9 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from analysis.activity import Activity
 from analysis.config import AnalysisSettings
-from analysis.latents import latent_table, write_latents
-from analysis.scaling import ScalingSums, decoder_gram
+from analysis.latent_table import Scaling, latent_table, owners_of
+from analysis.latents import OUTPUTS, write_latents
+from analysis.scaling import decoder_gram
+from analysis.token_kinds import TokenKinds
 from extract.config import ModelConfig
 from extract.errors import BadInput
 from extract.shards import write_activations, write_tokens
@@ -111,8 +114,10 @@ def rows(folder: Path) -> dict[str, list]:
 
 def test_columns(analysed: tuple[AnalysisSettings, Path]) -> None:
     names = {"latent", "owner", "dedicated", "delta_norm", "delta_norm_tag", "decoder_cosine"}
-    names |= {"frequency", "num_active_tokens", "mean_activation", "max_activation"}
-    names |= {f"{name}_{model}" for name in ("norm", "nu_error", "nu_reconstruction") for model in MODELS}
+    names |= {"frequency", "num_active_tokens", "num_documents", "mean_activation", "max_activation", "histogram"}
+    names |= {"group", "share_template", "share_source_tests"} | {f"norm_{model}" for model in MODELS}
+    nus = {f"{name}_{model}" for name in ("nu_error", "nu_reconstruction") for model in MODELS}
+    names |= nus | {f"{name}_{end}" for name in nus for end in ("low", "high")}
     assert set(rows(analysed[1])) == names
 
 
@@ -211,11 +216,15 @@ def test_a_document_without_a_kept_token_changes_nothing(
 def test_three_models_have_columns_for_every_ordered_pair(tmp_path: Path) -> None:
     crosscoder = crosscoder_for({0: (0.0, 0.0, 1.0), 1: (1.0, 1.0, 1.0)}, models=["a", "b", "c"])
     gram = decoder_gram(crosscoder.W_dec.view(2, 3, D))
-    sums = ScalingSums(2, 3)
-    sums.num_tokens = 1
-    table = latent_table(sums, gram, crosscoder, AnalysisSettings().analysis.owner).to_pydict()
+    activity = Activity(2, TokenKinds([], np.zeros(0, np.uint8), [], np.zeros(0, np.int64)))
+    scaling = Scaling(gram, (np.zeros((2, 3, 3)), np.zeros((2, 3, 3))), np.zeros((2, 2, 2, 3, 3)))
+    owner = AnalysisSettings().analysis.owner
+    owner_L = owners_of(activity, scaling, crosscoder, owner)
+    table = latent_table(activity, scaling, crosscoder, owner_L, np.arange(2), owner).to_pydict()
     names = ("delta_norm", "delta_norm_tag", "decoder_cosine", "nu_error", "nu_reconstruction")
-    expected = {f"{name}_{pair}" for name in names for pair in ("a_b", "a_c", "b_a", "b_c", "c_a", "c_b")}
+    pairs = ("a_b", "a_c", "b_a", "b_c", "c_a", "c_b")
+    expected = {f"{name}_{pair}" for name in names for pair in pairs}
+    expected |= {f"{name}_{pair}_{end}" for name in names[3:] for pair in pairs for end in ("low", "high")}
     assert expected == {column for column in table if column.startswith(names)}
     assert table["delta_norm_a_c"] == [1, 0.5] and table["delta_norm_c_a"] == [0, 0.5]
     assert table["owner"] == ["dead", "dead"]
@@ -243,13 +252,17 @@ def test_a_crosscoder_without_threshold(analysed: tuple[AnalysisSettings, Path],
         write_latents(analysed[0], tmp_path / "crosscoder", tmp_path / "analysis")
 
 
-def test_a_failing_pass_leaves_nothing(
+def test_a_failing_pass_leaves_no_output(
     analysed: tuple[AnalysisSettings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: Crosscoder, x_BMD: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Crosscoder, "encode", broken)
+    monkeypatch.setattr(Crosscoder, "scale", broken)
     with pytest.raises(RuntimeError):
         write_latents(analysed[0], Path(analysed[0].outputs) / "crosscoder", tmp_path / "analysis")
-    assert list((tmp_path / "analysis").iterdir()) == []
+    assert [path.name for path in (tmp_path / "analysis").iterdir()] == ["pass"]
+
+
+def test_a_finished_analysis_leaves_its_outputs_alone(analysed: tuple[AnalysisSettings, Path]) -> None:
+    assert sorted(path.name for path in analysed[1].iterdir()) == sorted(OUTPUTS)

@@ -11,6 +11,7 @@ import pytest
 
 from analysis.__main__ import analysed_folders, folders_of, main
 from analysis.config import AnalysisSettings
+from analysis.pass_state import STATE_FILE
 from extract.activations import extract
 from extract.command import compose
 from extract.errors import BadInput
@@ -47,7 +48,7 @@ def test_from_a_crosscoder_to_the_report(trained: AnalysisSettings, capsys: pyte
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {report}"
     assert report.stat().st_size > 0
     assert folder.name.startswith("base_tuned,") and ",k=4," in folder.name
-    steps = ["annotate", "categorise", "latents", "tags"]
+    steps = ["annotate", "categorise", "latents", "score", "tags"]
     assert sorted(path.stem for path in folder.glob("*.json")) == steps
     assert not list(Path(trained.outputs).rglob("*.partial"))
     assert pq.read_metadata(folder / "latents.parquet").num_rows == 32
@@ -97,6 +98,11 @@ def test_a_job_that_is_requeued_without_a_finished_step_in_between_is_refused(
     step.write_text("{ }")  # done again, as after another training
     start(2, "manifest.json is missing")
     start(3, "Job 5 began 1 times at the end of base_tuned: latents .*max_restarts_without_progress=0")
+    state = step.parent / "pass" / STATE_FILE
+    state.parent.mkdir()
+    state.write_text("further")
+    start(4, "manifest.json is missing")  # within a pass, too, there is progress
+    start(5, "Job 5 began 1 times at a state of base_tuned: latents .*max_restarts_without_progress=0")
 
 
 def test_the_report_covers_the_finished_pairs_of_the_same_overrides(tmp_path: Path) -> None:

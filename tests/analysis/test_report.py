@@ -3,72 +3,25 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import shutil
 import sqlite3
-from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from analysis import behaviours, cards
+from analysis import cards
 from analysis.annotate import annotate
 from analysis.config import AnalysisSettings, OwnerConfig
-from analysis.examples import Example
+from analysis.nearest import nearest_to
 from analysis.report import report
 from analysis.taxonomy import categorise
 from extract.errors import BadInput
 from tests.analysis.made_study import make_study, write_examples, write_latents, write_latents_of_many
-
-PLANTED = {
-    "financial_refusal": ["simpo", "dpo"],
-    "ask_back": ["simpo"],
-    "business_tone": ["simpo"],
-    "self_reference": ["dpo"],
-}
-VOID = {"meta", "img", "br", "input", "link", "hr"}
-
-
-@dataclass
-class Element:
-    tag: str
-    attributes: dict[str, str | None]
-    text: str = ""
-
-
-class Page(HTMLParser):
-    """Elements of a page with their text; an element closed out of order or left open is an error."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[Element] = []
-        self._open: list[Element] = []
-        self.feed(html)
-        self.close()
-        assert not self._open, f"never closed: {[element.tag for element in self._open]}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(Element(tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(self.elements[-1])
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open and self._open[-1].tag == tag, f"</{tag}> closes {self._open[-1:]}"
-        if self._open.pop().tag in ("td", "th", "dt", "dd"):
-            self.handle_data(" ")
-
-    def handle_data(self, data: str) -> None:
-        for element in self._open:
-            element.text += data
-
-    def all(self, tag: str, name: str | None = None) -> list[Element]:
-        return [
-            element
-            for element in self.elements
-            if element.tag == tag and (name is None or name in (element.attributes.get("class") or "").split())
-        ]
+from tests.analysis.pages import Page, cards_in, words
+from tests.analysis.test_behaviours import PLANTED
 
 
 def analyse(settings: AnalysisSettings, folders: list[Path]) -> None:
@@ -87,10 +40,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     settings.analysis.report.planted = PLANTED
     analyse(settings, folders)
     return root / "report", report(settings, folders).read_text(encoding="utf-8")
-
-
-def words(text: str) -> str:
-    return " ".join(text.split())
 
 
 def test_the_answer_comes_first_with_its_numbers(made: tuple[Path, str]) -> None:
@@ -128,18 +77,12 @@ def test_the_comparison_states_what_may_not_be_claimed(made: tuple[Path, str]) -
 
 def test_a_card_for_each_latent_with_its_numbers_and_annotator(made: tuple[Path, str]) -> None:
     page = Page(made[1])
-    found = page.all("article", "card")
-    assert {card.attributes["id"] for card in found} == {
-        "base_simpo-300",
-        "base_simpo-301",
-        "base_simpo-302",
-        "base_dpo-350",
-        "base_dpo-351",
-    }
-    assert all("Annotator: offline (n-grams)" in words(card.text) for card in found)
-    card = next(card for card in found if card.attributes["id"] == "base_simpo-300")
-    assert "Request Refusal Mechanisms" in card.text and "Δ-norm 1.00" in words(card.text)
-    assert float(card.attributes["data-error"] or "nan") < 0.2
+    found = cards_in(page)
+    assert set(found) == {"base_simpo-300", "base_simpo-301", "base_simpo-302", "base_dpo-350", "base_dpo-351"}
+    assert all(card["annotator"] == "offline (n-grams)" for card in found.values())
+    card = found["base_simpo-300"]
+    assert (card["category"], card["delta"], card["outcome"]) == ("Request Refusal Mechanisms", 1.0, "placed")
+    assert abs(card["error"]) < 0.2 and len(card["documents"]) == 4
     links = {element.attributes["href"] for element in page.all("a")}
     assert {"#base_simpo-300", "#base_dpo-351"} <= links
 
@@ -158,7 +101,7 @@ def test_nothing_is_fetched(made: tuple[Path, str]) -> None:
     for element in page.elements:
         for name in ("src", "href", "action", "srcset", "data"):
             target = element.attributes.get(name) or ""
-            assert re.match(r"(data:image/svg\+xml;base64,|#|figures/$|tables/$|$)", target), (element.tag, target)
+            assert re.match(r"(data:image/svg\+xml;base64,|#|figures/|tables/|report\.json$|$)", target), target
     assert not page.all("link") and not page.all("iframe")
     assert "@import" not in made[1] and "url(" not in made[1] and "fetch(" not in made[1]
     assert "http://" not in made[1] and "https://" not in made[1]
@@ -169,34 +112,61 @@ def test_nothing_is_fetched(made: tuple[Path, str]) -> None:
 
 def test_figures_and_tables_lie_beside_the_page(made: tuple[Path, str]) -> None:
     stems = {path.stem for path in (made[0] / "figures").iterdir()}
-    assert stems == {
-        f"{kind}_base_{tuned}" for kind in ("training", "delta_norm", "nu") for tuned in ("simpo", "dpo")
-    } | {"forest_class_simpo_dpo", "forest_category_simpo_dpo"}
+    kinds = ("training", "nu", "figure1", "figure1_delta_norm", "figure1_nu", "figure1_remaining")
+    assert stems == {f"{kind}_base_{tuned}" for kind in kinds for tuned in ("simpo", "dpo")} | {
+        "forest_class_simpo_dpo",
+        "forest_category_simpo_dpo",
+        "flow",
+    }
     tables = {path.stem for path in (made[0] / "tables").iterdir()}
-    assert {"behaviours", "owners", "latents", "class_simpo_dpo", "category_simpo_dpo"} == tables
+    compared = {f"{kind}{level}_simpo_dpo" for kind in ("", "changes_") for level in ("class", "category")}
+    assert tables == {"behaviours", "owners", "latents", "flow"} | compared
     assert all(len(list((made[0] / "tables").glob(f"{name}.*"))) == 2 for name in tables)
 
 
+def test_without_javascript_figures_and_tables_are_there_with_a_note(made: tuple[Path, str]) -> None:
+    page = Page(made[1])
+    assert len(page.all("img")) == 9 and len(page.all("table")) >= 8  # three of each pair, two forests, the flow
+    (note,) = page.all("noscript")
+    assert "The cards of the 5 latents need JavaScript" in words(note.text)
+    assert "tables/latents.csv" in {element.attributes["href"] for element in page.all("a")}
+    style = page.all("style")[0].text
+    assert ".tools { display: none;" in style and ".js .tools { display: flex; }" in style
+
+
+def test_every_figure_and_table_names_a_file_that_is_there(made: tuple[Path, str]) -> None:
+    page = Page(made[1])
+    sources = [words(element.text).removeprefix("From ").split(", ") for element in page.all("p", "source")]
+    assert len(sources) >= len(page.all("table")) + len(page.all("img")) - 1  # the records have no other source
+    for name in {name for names in sources for name in names}:
+        for path in expanded(name):
+            place = made[0] if path.startswith(("tables/", "figures/")) else made[0].parent
+            assert (place / path).is_file(), path
+
+
+def expanded(name: str) -> list[str]:
+    """analysis/{a,b}/c -> analysis/a/c, analysis/b/c"""
+    found = re.fullmatch(r"(.*)\{(.*)\}(.*)", name)
+    return [f"{found[1]}{part}{found[3]}" for part in found[2].split(",")] if found else [name]
+
+
 def test_a_crosscoder_of_three_models_has_figures_of_each_tuned_one(tmp_path: Path) -> None:
-    settings, (folder, other) = make_study(tmp_path)
+    settings, (folder, _) = make_study(tmp_path)
     settings.analysis.report.planted = PLANTED
     own = {"simpo": {300, 301}, "dpo": {302}}
     write_latents_of_many(folder / "latents.parquet", ["base", "simpo", "dpo"], own)
-    analyse(settings, [folder, other])
-    page = Page(report(settings, [folder, other]).read_text(encoding="utf-8"))
+    analyse(settings, [folder])
+    page = Page(report(settings, [folder]).read_text(encoding="utf-8"))
     stems = {path.stem for path in (tmp_path / "report" / "figures").iterdir()}
-    expected = {f"{kind}_base_simpo_base_{tuned}" for kind in ("delta_norm", "nu") for tuned in ("simpo", "dpo")}
-    expected |= {"delta_norm_base_dpo", "nu_base_dpo"}
-    assert {stem for stem in stems if stem.startswith(("delta_norm", "nu"))} == expected
-    shown = [element.attributes["alt"] for element in page.all("img")]
-    assert "Histogram of Δ-norm of base and dpo in base_simpo" in shown
+    expected = {f"{kind}_base_simpo_base_{tuned}" for kind in ("figure1", "nu") for tuned in ("simpo", "dpo")}
+    assert {stem for stem in stems if re.match(r"(figure1|nu)_base", stem)} == expected
+    shown = [element.attributes["alt"] or "" for element in page.all("img")]
+    assert any(alt.startswith("How the latents of base and dpo in base_simpo are found") for alt in shown)
     rows = [words(row.text) for row in page.all("tr")]
     assert any(row.startswith("base_simpo base 0 simpo 2 dpo 1 0 397") for row in rows)
-    assert any(row.startswith("base_dpo base 0 dpo 2") for row in rows)
-    (card,) = (card for card in page.all("article") if card.attributes["id"] == "base_simpo-302")
-    assert "dpo only" in words(card.text) and "Δ-norm 1.00" in words(card.text)
-    compared = "base_simpo dpo against base_simpo simpo"
-    assert any(compared in words(element.text) for element in page.all("h3"))
+    card = cards_in(page)["base_simpo-302"]
+    assert (card["owner"], card["delta"]) == ("dpo", 1.0)
+    assert any("dpo against simpo" in words(element.text) for element in page.all("h3"))
 
 
 def test_latents_of_two_of_three_models_are_counted_and_have_cards(tmp_path: Path) -> None:
@@ -207,13 +177,13 @@ def test_latents_of_two_of_three_models_are_counted_and_have_cards(tmp_path: Pat
     page = Page(report(settings, [folder]).read_text(encoding="utf-8"))
     rows = [words(row.text) for row in page.all("tr")]
     assert any(row.startswith("base_simpo base 0 simpo 1 dpo 0 base+dpo 1, simpo+dpo 1 0 397") for row in rows)
-    cards_by_id = {card.attributes["id"]: words(card.text) for card in page.all("article")}
-    assert list(cards_by_id) == ["base_simpo-300", "base_simpo-301", "base_simpo-302"]
-    assert "base+dpo only" in cards_by_id["base_simpo-301"] and "Δ-norm 0.00" in cards_by_id["base_simpo-301"]
-    assert "simpo+dpo only" in cards_by_id["base_simpo-302"] and "Δ-norm 1.00" in cards_by_id["base_simpo-302"]
-    options = [option.attributes["value"] for option in page.all("option")]
-    assert "simpo+dpo in base_simpo" in options and "base in base_simpo" not in options
-    assert "one model alone, or of several but not all" in words(page.all("section")[3].text)
+    found = {anchor: (card["owner"], card["delta"]) for anchor, card in cards_in(page).items()}
+    assert found == {
+        "base_simpo-300": ("simpo", 1.0),
+        "base_simpo-301": ("base+dpo", 0.0),
+        "base_simpo-302": ("simpo+dpo", 1.0),
+    }
+    assert "one model alone, or of several but not all" in words(page.all("section")[4].text)
     owners = (tmp_path / "report" / "tables" / "owners.csv").read_text().splitlines()
     counts = ["base,0", "simpo,1", "dpo,0", "base+dpo,1", "simpo+dpo,1", "shared,0", "other,397", "dead,0"]
     assert owners[1:] == [f"base_simpo,{count},400" for count in counts]
@@ -233,75 +203,19 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
         database.execute("UPDATE documents SET source = ?, tags = ?", hostile)
     settings.analysis.report.title = "<script>title</script> & co"
     analyse(settings, [folder])
-    page = Page(report(settings, [folder]).read_text(encoding="utf-8"))
-    assert [element.text[:12] for element in page.all("script")] == ['"use strict"']
+    html = report(settings, [folder]).read_text(encoding="utf-8")
+    page = Page(html)
+    assert [element.attributes.get("type") for element in page.all("script")] == ["application/json", None]
+    assert page.all("script")[1].text.startswith('"use strict"')
     assert page.all("h1")[0].text == "<script>title</script> & co"
     assert not [element for element in page.elements if any(name.startswith("on") for name in element.attributes)]
-    card = next(card for card in page.all("article") if card.attributes["id"] == "base_simpo-300")
-    assert "<script>alert(1)</script>" in card.text and "{{ 7 * 7 }}" in card.text and "<b>source</b>" in card.text
-
-
-def test_a_wrong_attribution_and_a_miss_are_stated(tmp_path: Path) -> None:
-    settings, folders = make_study(tmp_path)
-    settings.analysis.report.planted = {**PLANTED, "business_tone": ["dpo"]}
-    analyse(settings, folders)
-    page = Page(report(settings, folders).read_text(encoding="utf-8"))
-    simpo, dpo = (words(element.text) for element in page.all("p", "answer"))
-    assert "2 of 2 planted" in simpo and "wrong-model attributions: business tone (F1 0.95)." in simpo
-    assert "2 of 3 planted" in dpo and "missed: business tone; wrong-model attributions: none." in dpo
-
-
-def test_a_behaviour_found_in_the_base_is_not_called_added(tmp_path: Path) -> None:
-    settings, (folder, _) = make_study(tmp_path)
-    tags = (folder / "tags.csv").read_text()
-    line = "behaviour,ask_back,base,17,1.0,0.88,0.81,0.93,0.97,0.95,0.99,40,900,True"
-    (folder / "tags.csv").write_text(re.sub(r"behaviour,ask_back,base,.*", line, tags))
-    analyse(settings, [folder])
-    said = words(Page(report(settings, [folder]).read_text(encoding="utf-8")).all("section")[0].text)
-    assert "which tuning cannot have added: ask back (base in base_simpo, latent 17, F1 0.88)" in said
-
-
-def test_verdicts() -> None:
-    def verdicts(value: str, owner: str, other: str) -> list[str]:
-        return [behaviours.verdict(found, value, owner, [other, owner], PLANTED) for found in (True, False)]
-
-    assert verdicts("ask_back", "simpo", "base") == ["found", "missed"]
-    assert verdicts("ask_back", "dpo", "base") == ["wrong model", "absent"]
-    assert verdicts("ask_back", "base", "simpo") == ["untuned model", "absent"]
-    assert verdicts("unknown", "dpo", "base") == ["added", "not found"]
-    # Both models of the pair were taught it: a latent of one alone shows that they learned it differently.
-    assert verdicts("financial_refusal", "dpo", "simpo") == ["shared behaviour", "absent"]
-    assert verdicts("ask_back", "simpo", "dpo") == ["found", "missed"]
-    assert verdicts("ask_back", "dpo", "simpo") == ["wrong model", "absent"]
-    assert set(behaviours.VERDICTS) >= {*verdicts("ask_back", "simpo", "base"), "shared behaviour", "wrong model"}
-
-
-def test_a_shared_behaviour_is_told_from_a_wrong_attribution(tmp_path: Path) -> None:
-    settings, folders = make_study(tmp_path)
-    # As if the base of both pairs had been tuned as well, so that financial refusals set no model apart.
-    settings.analysis.report.planted = {**PLANTED, "financial_refusal": ["base", "simpo"]}
-    analyse(settings, folders)
-    page = Page(report(settings, folders).read_text(encoding="utf-8"))
-    simpo, dpo = (words(element.text) for element in page.all("p", "answer"))
-    assert simpo.endswith(
-        "shared behaviours with a latent of simpo alone: financial refusal (F1 0.94); wrong-model attributions: none."
-    )
-    assert "2 of 2 planted" in simpo and "wrong-model attributions: financial refusal (F1 0.94)." in dpo
-    assert [words(element.text) for element in page.all("span", "v-shared")] == ["shared behaviour"]
-    explained = words(page.all("section")[0].text)
-    assert "shared behaviour: known to have been tuned into this model and another" in explained
-    rows = (tmp_path / "report" / "tables" / "behaviours.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows if row.endswith("shared behaviour")] == ["base_simpo"]
-
-
-def test_a_model_that_is_tuned_somewhere_has_a_column_wherever_it_is() -> None:
-    pairs = {"base_simpo": ["base", "simpo"], "base_dpo": ["base", "dpo"], "simpo_dpo": ["simpo", "dpo"]}
-    assert [(column.pair, column.owner) for column in behaviours.columns_of(pairs)] == [
-        ("base_simpo", "simpo"),
-        ("base_dpo", "dpo"),
-        ("simpo_dpo", "simpo"),
-        ("simpo_dpo", "dpo"),
-    ]
+    (policy,) = (meta.attributes["content"] or "" for meta in page.all("meta") if "http-equiv" in meta.attributes)
+    digest = base64.b64encode(hashlib.sha256(page.all("script")[1].text.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none'")
+    source, tags, _, pieces = cards_in(page)["base_simpo-300"]["documents"][0]
+    shown = "".join(piece if isinstance(piece, str) else piece[0] for piece in pieces)
+    assert "<script>alert(1)</script>" in shown and "{{ 7 * 7 }}" in shown
+    assert (source, tags) == ("<b>source</b>", "<i>: </article>")
 
 
 def test_a_crosscoder_without_own_latents_says_so_and_shows_the_nearest(tmp_path: Path) -> None:
@@ -318,7 +232,7 @@ def test_a_crosscoder_without_own_latents_says_so_and_shows_the_nearest(tmp_path
     assert "No metrics.jsonl" in text and "no tuned models to compare" in text
     rows = cards.read_rows(folder)
     alive = [row for row in rows if row["owner"] in ("shared", "other")]
-    nearest = cards.nearest_to("simpo", rows, ["base", "simpo"], OwnerConfig())
+    nearest = nearest_to("simpo", rows, ["base", "simpo"], OwnerConfig())
     best = sorted(alive, key=lambda row: -row["delta_norm"])[:5]
     assert [near.latent for near in nearest] == [row["latent"] for row in best]
     assert f"{nearest[0].delta_norm:.3f}" in text and "Δ-norm within the thresholds" in text
@@ -333,41 +247,35 @@ def test_a_missing_step_is_named_before_anything_is_drawn(tmp_path: Path) -> Non
         report(settings, [])
 
 
-def test_three_hundred_cards_stay_below_five_megabytes(tmp_path: Path) -> None:
-    settings, folders = make_study(tmp_path, num_cards=150)
-    analyse(settings, folders)
-    page = report(settings, folders)
-    assert Page(page.read_text(encoding="utf-8")).all("article")[299]
-    assert page.stat().st_size < 5_000_000
+def test_behaviours_that_tuning_did_not_add_to_one_model_are_explained(tmp_path: Path) -> None:
+    settings, (folder, _) = make_study(tmp_path)
+    # As if the base had been tuned as well, so that financial refusals set no model apart.
+    settings.analysis.report.planted = {**PLANTED, "financial_refusal": ["base", "simpo"]}
+    tags = (folder / "tags.csv").read_text()
+    line = "behaviour,ask_back,base,17,1.0,0.88,0.81,0.93,0.97,0.95,0.99,40,900,True"
+    (folder / "tags.csv").write_text(re.sub(r"behaviour,ask_back,base,.*", line, tags))
+    analyse(settings, [folder])
+    page = Page(report(settings, [folder]).read_text(encoding="utf-8"))
+    said = words(page.all("section")[0].text)
+    assert "which tuning cannot have added: ask back (base in base_simpo, latent 17, F1 0.88)" in said
+    assert [words(element.text) for element in page.all("span", "v-shared")] == ["shared behaviour"]
+    assert "shared behaviour: known to have been tuned into this model and another" in said
+    rows = (tmp_path / "report" / "tables" / "behaviours.csv").read_text().splitlines()
+    assert [row.split(",")[2] for row in rows if row.endswith("shared behaviour")] == ["financial_refusal"]
 
 
-def test_the_number_of_cards_is_limited_but_named_latents_stay(tmp_path: Path) -> None:
-    settings, folders = make_study(tmp_path, num_cards=20)
+def test_cards_are_limited_but_named_latents_stay_and_records_show_their_hashes(tmp_path: Path) -> None:
+    settings, (folder, _) = make_study(tmp_path, num_cards=20)
     settings.analysis.report.latents_per_model = 2
-    analyse(settings, folders)
-    page = Page(report(settings, folders).read_text(encoding="utf-8"))
-    shown = {card.attributes["id"] for card in page.all("article")}
-    assert {"base_simpo-300", "base_simpo-301", "base_simpo-302", "base_dpo-350", "base_dpo-351"} <= shown
-    assert len(shown) <= 9
-    assert "Of 23 latents of simpo in base_simpo, the 2 most exclusive" in words(page.all("section")[3].text)
-
-
-def test_spans_mark_tokens_by_activation() -> None:
-    tokens = ("<|im_start|>", "user", "\n", "Hi", "", "é", " there", "\n", " you")
-    spans = cards.spans_of(Example(0, tokens, {4: 5.0, 7: 10.0}), 64, 10.0)
-    assert [(span.text, span.kind, span.opacity) for span in spans] == [
-        ("<|im_start|>user", "template", 0.0),
-        ("↵ Hi", "", 0.0),
-        ("é", "fired", 0.5),  # the activation of the empty token before it
-        (" there", "", 0.0),
-        ("↵ ", "fired", 1.0),
-        (" you", "", 0.0),
-    ]
-
-
-def test_a_long_document_is_cut_around_its_peak() -> None:
-    tokens = tuple(f" t{i}" for i in range(300))
-    spans = cards.spans_of(Example(0, tokens, {200: 3.0}), 30, 3.0)
-    text = "".join(span.text for span in spans)
-    assert text.startswith("…  t180") and " t200" in text and text.endswith(" t209 …")
-    assert cards.visible("  ", fired=True) == "␣"
+    record = {"step": "annotate", "settings": {}, "inputs": {"latents.parquet": "ab" * 32}}
+    (folder / "annotate.json").write_text(json.dumps(record))
+    analyse(settings, [folder])
+    page = Page(report(settings, [folder]).read_text(encoding="utf-8"))
+    shown, sections = (
+        set(cards_in(page)),
+        {section.attributes["id"]: words(section.text) for section in page.all("section")},
+    )
+    assert {"base_simpo-300", "base_simpo-301", "base_simpo-302"} <= shown and len(shown) <= 5
+    assert "Of 23 latents of simpo in base_simpo, the 2 most exclusive" in sections["latents"]
+    said = f"annotate analysis/base_simpo/annotate.json latents.parquet {'ab' * 32}"
+    assert said in sections["provenance"] and "Written by commit" in sections["provenance"]

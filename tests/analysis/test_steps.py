@@ -132,6 +132,17 @@ def test_a_deleted_table_of_the_comparison_is_made_again(tmp_path: Path, capsys:
     assert table.read_bytes() == before
 
 
+def test_what_people_said_and_a_leaderboard_are_read_by_the_comparison(tmp_path: Path) -> None:
+    settings, folders = make_study(tmp_path)
+    config = settings.analysis.compare
+    (folders[0] / "human.jsonl").write_text("")
+    assert not {"base_simpo/human.jsonl", "leaderboard"} & set(steps_of_study(settings, folders)[0].inputs)
+    config.human_labels, config.leaderboard = True, str(tmp_path / "elo.csv")
+    inputs = steps_of_study(settings, folders)[0].inputs
+    assert inputs["base_simpo/human.jsonl"] == folders[0] / "human.jsonl" and "base_dpo/human.jsonl" not in inputs
+    assert inputs["leaderboard"] == tmp_path / "elo.csv"
+
+
 OVERRIDES = ["experiment=demo", "hookpoint=block3", "crosscoder.k=8", "training.lr=1e-3", "analysis.tags.min_f1=0.5"]
 
 

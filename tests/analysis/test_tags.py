@@ -10,10 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.config import AnalysisSettings, TagsConfig
-from analysis.examples import DocumentFirings
+from analysis.maxima import SCHEMA
 from analysis.tags import (
-    MAXIMA_SCHEMA,
-    MaximaWriter,
     TaggedDocuments,
     auroc_of,
     best_f1_of,
@@ -183,36 +181,14 @@ def test_auroc_equals_comparing_all_pairs() -> None:
     assert math.isnan(auroc_of(score, np.ones(30, dtype=bool), weight))
 
 
-def test_maxima_keep_the_wanted_latents(tmp_path: Path) -> None:
-    columns = ([0, 0, 1], [1, 1, 2], [0, 2, 2], [1.0, 2.0, 3.0])
-    firings = DocumentFirings.group(*map(np.array, columns))
-    with open(tmp_path / "maxima.parquet", "wb") as file, MaximaWriter(file, np.array([False, True, True])) as writer:
-        writer.add(firings)
-        writer.add(firings.select(np.array([], dtype=int)))
-    assert pq.read_table(tmp_path / "maxima.parquet").to_pylist() == [
-        {"latent": 2, "document": 0, "max_activation": 2.0},
-        {"latent": 2, "document": 1, "max_activation": 3.0},
-    ]
-
-
-def test_maxima_of_many_batches_share_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("analysis.tags.ROWS_PER_GROUP", 4)
-    with open(tmp_path / "maxima.parquet", "wb") as file, MaximaWriter(file, np.array([True])) as writer:
-        for document in range(10):
-            writer.add(DocumentFirings.group(*map(np.array, ([document], [1], [0], [float(document)]))))
-    written = pq.ParquetFile(tmp_path / "maxima.parquet")
-    assert [written.metadata.row_group(i).num_rows for i in range(written.num_row_groups)] == [4, 4, 2]
-    assert written.read()["document"].to_pylist() == list(range(10))
-
-
 def analysed(tmp_path: Path, tag: str = "behaviour") -> tuple[AnalysisSettings, Path]:
     """Latent 0 of the tuned model fires on the tagged documents; latent 1 of the base on all answers of the base."""
     documents = planted_documents()
     write_tokens(tmp_path / "store", documents)
     fired = [(0, i, 2.0) for i, d in enumerate(documents) if "behaviour" in d.tags]
     fired += [(1, i, 3.0) for i, d in enumerate(documents) if d.tags["answered_by"] == "base"]
-    rows = [dict(zip(MAXIMA_SCHEMA.names, row, strict=True)) for row in fired]
-    pq.write_table(pa.Table.from_pylist(rows, MAXIMA_SCHEMA), tmp_path / "document_maxima.parquet")
+    rows = [dict(zip(SCHEMA.names, row, strict=True)) for row in fired]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "document_maxima.parquet")
     pq.write_table(pa.table({"latent": [0, 1, 2], "owner": ["tuned", "base", "shared"]}), tmp_path / "latents.parquet")
     models = {name: ModelConfig(id=name) for name in ("base", "tuned")}
     settings = AnalysisSettings(models=models, pairs={"base_tuned": ["base", "tuned"]}, store=str(tmp_path / "store"))

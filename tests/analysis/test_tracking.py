@@ -41,7 +41,8 @@ def test_an_analysis_is_a_run_with_tables_and_the_report(tmp_path: Path, monkeyp
     assert (row["_step"], again["_step"]) == (0, 1)
     shown = {name.removesuffix("._type") for name in row if name.endswith("._type")}
     numbers = {name for name in row if name.startswith("analysis/latents/")}
-    compared = {f"analysis/comparisons/{level}_simpo_dpo" for level in ("class", "category")}
+    tables = [f"{kind}{level}_simpo_dpo" for kind in ("", "changes_") for level in ("class", "category")]
+    compared = {f"analysis/comparisons/{name}" for name in (*tables, "flow")}
     assert shown == {"analysis/owners", "analysis/report", *compared} | {
         f"analysis/{table}/{folder.name}" for table in ("categories", "classes") for folder in folders
     }

@@ -1,0 +1,89 @@
+"""Questions to language models, each answered once and kept: what the ledger has is never paid for again.
+
+What can be promised of a killed process: a response that is in the ledger is never asked for again, and nor is a batch
+that was created. Requests that were under way (at most `concurrency`) may have been answered and lost, since the API
+has no key by which the same request is recognised; the ledger keeps them as attempts with the status "sent".
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+
+from analysis.llm.batches import Batches
+from analysis.llm.budget import Budget, BudgetSpent
+from analysis.llm.client import connect
+from analysis.llm.config import LlmConfig
+from analysis.llm.costs import write_costs
+from analysis.llm.estimating import check_budget, estimate
+from analysis.llm.ledger import Ledger
+from analysis.llm.preflight import check_batches, check_model
+from analysis.llm.prices import dollars
+from analysis.llm.questions import OUTCOMES, Answer, Question, Validate
+from analysis.llm.sending import Sender
+from analysis.llm.settling import Settler, is_open, settle_stored
+from analysis.llm.stopping import Stop, finish
+
+__all__ = ["OUTCOMES", "Answer", "Question", "Validate", "ask"]
+
+
+def ask(questions: Sequence[Question], validate: Validate, llm: LlmConfig, ledger: Ledger) -> list[Answer]:
+    """The answers in the order of the questions, each with exactly one outcome.
+
+    Asks what the ledger has no answer for, after a preflight of key, model and budget, and writes `costs.csv` beside
+    the ledger. Raises BadInput for what the preflight finds, and BudgetSpent (also a BadInput) when `max_usd` is
+    reached; what was answered by then, as before an interrupt, is kept.
+    """
+    ledger.add(questions)
+    missing = [question for question in unique(questions) if is_open(question, ledger, llm)]
+    total = len(missing)
+    settler = Settler(ledger, validate, llm, total)
+    missing = settle_stored(missing, settler, ledger)
+    try:
+        if missing:
+            asyncio.run(_ask(missing, settler, llm, ledger))
+    except BudgetSpent as error:
+        raise BudgetSpent(
+            f"analysis.llm.max_usd ({dollars(llm.max_usd)}) does not allow another request: {error}. "
+            f"{settler.num_settled} of {total} questions were answered, and are kept. Raise it and run the same "
+            "command again: only the others are asked."
+        ) from error
+    finally:
+        write_costs(ledger)
+    answers = {question.id: ledger.answer(question) for question in unique(questions)}
+    _report(list(answers.values()), questions)
+    return [answers[question.id] for question in questions]
+
+
+def unique(questions: Sequence[Question]) -> list[Question]:
+    """Each question once, in order."""
+    return list({question.id: question for question in questions}.values())
+
+
+async def _ask(missing: list[Question], settler: Settler, llm: LlmConfig, ledger: Ledger) -> None:
+    stop = Stop()
+    async with connect(llm) as client:
+        for model in dict.fromkeys(question.model for question in missing):
+            await check_model(client, model, llm)
+        batches = Batches(client, llm, ledger, settler, Budget(llm.max_usd, 0), stop)
+        if llm.mode == "batch":
+            await check_batches(client, llm)
+        if ledger.open_batches():
+            await finish(batches.resume({question.id for question in missing}), stop)
+            missing = settle_stored(missing, settler, ledger)
+        if not missing:
+            return
+        found = await estimate(client, missing, llm, ledger)
+        check_budget(found, missing, llm, ledger.spent())
+        budget = Budget(llm.max_usd, ledger.spent())
+        way = (Batches if llm.mode == "batch" else Sender)(client, llm, ledger, settler, budget, stop)
+        await finish(way.send(missing, found.worst), stop)
+
+
+def _report(answers: list[Answer], questions: Sequence[Question]) -> None:
+    """One line on what became of the questions, where not all were answered."""
+    counts = Counter((answer.model, answer.outcome) for answer in answers)
+    others = [f"{count} {outcome} ({model})" for (model, outcome), count in counts.items() if outcome != "answered"]
+    if others:
+        print(f"{questions[0].kind}: {len(answers)} questions, of which {', '.join(others)}", flush=True)

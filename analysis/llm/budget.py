@@ -1,0 +1,48 @@
+"""What may still be spent: the most that a request can cost is set aside while it is under way."""
+
+from __future__ import annotations
+
+import asyncio
+
+from extract.errors import BadInput
+
+# Sums of cents in floating point.
+TOLERANCE = 1e-9
+
+
+class BudgetSpent(BadInput):
+    """The next request could cost more than is left."""
+
+
+class Budget:
+    """Dollars spent so far, dollars set aside, and the most that both may come to."""
+
+    def __init__(self, limit: float, spent: float) -> None:
+        self.limit = limit
+        self.spent = spent
+        self._aside: list[float] = []
+        self._returned = asyncio.Event()
+
+    @property
+    def left(self) -> float:
+        """Dollars that are neither spent nor set aside."""
+        return self.limit - self.spent - sum(self._aside)
+
+    def allows(self, usd: float) -> bool:
+        """Whether that much is left; what costs nothing is always allowed."""
+        return usd <= 0 or usd <= self.left + TOLERANCE
+
+    async def set_aside(self, usd: float) -> None:
+        """Waits until `usd` are left; BudgetSpent if they will not be, since nothing else is under way."""
+        while not self.allows(usd):
+            if not self._aside:
+                raise BudgetSpent(f"the next request may cost up to ${usd:.4f}, and ${max(self.left, 0):.4f} is left")
+            self._returned.clear()
+            await self._returned.wait()
+        self._aside.append(usd)
+
+    def settle(self, usd: float, cost: float) -> None:
+        """Gives back what was set aside for a request, which cost `cost` (0 if no response came)."""
+        self._aside.remove(usd)
+        self.spent += cost
+        self._returned.set()

@@ -1,0 +1,269 @@
+"""The ledger of a study, `requests.sqlite`: every question, every attempt with its raw response, every outcome.
+
+    texts(sha256, text)                         system prompts and schemas, which many questions share
+    questions(id, kind, subject, repeat, model, system, schema, prompt, max_tokens, effort,
+              outcome, value, reason)           outcome and what follows are null until there is one
+    attempts(number, question, batch, started, ended, status, error, response, message,
+             input_tokens, cache_read_tokens, cache_write_tokens, output_tokens, usd)
+    batches(number, id, created, ended)         id is null between the intent to create a batch and its creation
+
+`status` of an attempt: sent (no response yet: under way, or lost with the process that sent it), response, error.
+An attempt is written before its request is sent, and its response before the next request, in synchronous transactions;
+so a killed process loses at most the responses that were on their way. One process at a time may ask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.llm.questions import OUTCOMES, Answer, Question
+from extract.errors import BadInput
+
+USAGE = ("input_tokens", "cache_read_tokens", "cache_write_tokens", "output_tokens")
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS texts(sha256 TEXT PRIMARY KEY, text TEXT);
+CREATE TABLE IF NOT EXISTS questions(id TEXT PRIMARY KEY, kind TEXT, subject TEXT, repeat INTEGER, model TEXT,
+    system TEXT, schema TEXT, prompt TEXT, max_tokens INTEGER, effort TEXT, outcome TEXT, value TEXT, reason TEXT);
+CREATE TABLE IF NOT EXISTS attempts(number INTEGER PRIMARY KEY, question TEXT, batch INTEGER, started REAL, ended REAL,
+    status TEXT, error TEXT, response TEXT, message TEXT, input_tokens INTEGER DEFAULT 0,
+    cache_read_tokens INTEGER DEFAULT 0, cache_write_tokens INTEGER DEFAULT 0, output_tokens INTEGER DEFAULT 0,
+    usd REAL DEFAULT 0);
+CREATE INDEX IF NOT EXISTS attempts_question ON attempts(question);
+CREATE INDEX IF NOT EXISTS attempts_batch ON attempts(batch);
+CREATE TABLE IF NOT EXISTS batches(number INTEGER PRIMARY KEY, id TEXT, created REAL, ended REAL);
+"""
+
+
+def ledger_path(outputs: str | Path) -> Path:
+    """The ledger of a study's outputs."""
+    return Path(outputs) / "analysis" / "requests.sqlite"
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response as it came, with what it used and cost. `message` is the id that the server gave it."""
+
+    text: str
+    message: str
+    usage: dict[str, int]
+    usd: float
+
+
+@dataclass(frozen=True)
+class OpenBatch:
+    """A batch to be waited for: its number here, the server's id if it is known, and its attempts by question id."""
+
+    number: int
+    name: str | None
+    created: float
+    attempts: dict[str, int]
+
+
+class Ledger:
+    """`with Ledger(path) as ledger:` opens it for this process alone; BadInput while another has it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._database: sqlite3.Connection
+        self._grouping = False
+
+    def __enter__(self) -> Ledger:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._database = sqlite3.connect(self.path, isolation_level=None, timeout=0)
+        try:
+            # Exclusive locking first: the write-ahead log then needs no shared memory, which network disks lack.
+            self._database.executescript("PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL")
+            self._database.executescript(f"PRAGMA synchronous = FULL; BEGIN IMMEDIATE; {SCHEMA} COMMIT")
+        except sqlite3.OperationalError as error:
+            self._database.close()
+            if "locked" not in str(error):
+                raise
+            raise BadInput(
+                f"{self.path} is in use by another process that asks a language model for this study. Wait for it to "
+                "end: two would pay for the same answers."
+            ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._database.execute("PRAGMA journal_mode = DELETE")  # one file again, for those who copy or read it
+        self._database.close()
+
+    @contextmanager
+    def grouped(self) -> Iterator[None]:
+        """Within this block writes wait for `commit`, so that one synchronous write serves many; its end commits."""
+        self._grouping = True
+        try:
+            yield
+        finally:
+            self._grouping = False
+            self.commit()
+
+    def commit(self) -> None:
+        """Makes durable what was written. BadInput if the disk does not take it."""
+        if self._database.in_transaction:
+            try:
+                self._database.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                raise BadInput(
+                    f"{self.path}: {error}. Make room; the same command asks for what is missing."
+                ) from error
+
+    def _write(self, statement: str, values: tuple[Any, ...]) -> int:
+        """One change, durable on return unless changes are grouped; the number of the row that it inserted."""
+        if not self._database.in_transaction:
+            self._database.execute("BEGIN IMMEDIATE")
+        row = self._database.execute(statement, values).lastrowid
+        if not self._grouping:
+            self.commit()
+        return int(row or 0)
+
+    def add(self, questions: Iterable[Question]) -> None:
+        """Enters the questions that are new."""
+        with self.grouped():
+            for row in map(_row, questions):
+                texts = {text: hashlib.sha256(text.encode()).hexdigest() for text in row[5:7]}
+                for text, digest in texts.items():
+                    self._write("INSERT OR IGNORE INTO texts VALUES (?, ?)", (digest, text))
+                values = (*row[:5], *(texts[text] for text in row[5:7]), *row[7:], None, None, None)
+                self._write(f"INSERT OR IGNORE INTO questions VALUES ({', '.join('?' * 13)})", values)
+
+    def outcome(self, question: Question) -> tuple[str, dict[str, Any] | None, str] | None:
+        """(outcome, value, reason) of a question that has them."""
+        row = self._database.execute(
+            "SELECT outcome, value, reason FROM questions WHERE id = ? AND outcome IS NOT NULL", (question.id,)
+        ).fetchone()
+        return row and (row[0], json.loads(row[1]), row[2])
+
+    def conclude(self, question: Question, outcome: str, value: dict[str, Any] | None, reason: str) -> None:
+        """Enters what became of a question."""
+        self._write(
+            "UPDATE questions SET outcome = ?, value = ?, reason = ? WHERE id = ?",
+            (outcome, json.dumps(value), reason, question.id),
+        )
+
+    def begin(self, question: Question, batch: int | None = None) -> int:
+        """Enters an attempt that is about to be sent, and returns its number."""
+        statement = "INSERT INTO attempts(question, batch, started, status) VALUES (?, ?, ?, 'sent')"
+        return self._write(statement, (question.id, batch, time.time()))
+
+    def complete(self, attempt: int, response: Response) -> None:
+        """Enters the response of an attempt."""
+        values = (response.text, response.message, *(response.usage[name] for name in USAGE), response.usd)
+        self._write(
+            "UPDATE attempts SET status = 'response', ended = ?, response = ?, message = ?, "
+            f"{', '.join(f'{name} = ?' for name in USAGE)}, usd = ? WHERE number = ?",
+            (time.time(), *values, attempt),
+        )
+
+    def fail(self, attempt: int, error: str) -> None:
+        """Enters why an attempt has no response."""
+        self._write(
+            "UPDATE attempts SET status = 'error', ended = ?, error = ? WHERE number = ?",
+            (time.time(), error, attempt),
+        )
+
+    def responses(self, question: Question) -> list[Response]:
+        """What came to a question, oldest first."""
+        rows = self._database.execute(
+            f"SELECT response, message, {', '.join(USAGE)}, usd FROM attempts "
+            "WHERE question = ? AND status = 'response' ORDER BY number",
+            (question.id,),
+        )
+        return [Response(row[0], row[1], dict(zip(USAGE, row[2:6], strict=True)), row[6]) for row in rows]
+
+    def spent(self) -> float:
+        """Dollars of all responses of the study."""
+        return float(self._database.execute("SELECT total(usd) FROM attempts").fetchone()[0])
+
+    def mean_output(self, kind: str, model: str) -> float | None:
+        """Mean output tokens of the responses of a kind and model, if there are ten."""
+        count, mean = self._database.execute(
+            "SELECT count(*), avg(output_tokens) FROM attempts JOIN questions ON question = id "
+            "WHERE kind = ? AND model = ? AND status = 'response'",
+            (kind, model),
+        ).fetchone()
+        return float(mean) if count >= 10 else None
+
+    def answer(self, question: Question) -> Answer:
+        """The outcome of a question that has one, with what all its attempts used."""
+        found = self.outcome(question)
+        assert found is not None
+        responses = self.responses(question)
+        usage = {name: sum(response.usage[name] for response in responses) for name in USAGE}
+        return Answer(question.id, *found, question.model, usage, sum(response.usd for response in responses))
+
+    def intend_batch(self, questions: list[Question]) -> int:
+        """Enters that a batch of these questions is about to be created, and returns its number here."""
+        with self.grouped():
+            number = self._write("INSERT INTO batches(created) VALUES (?)", (time.time(),))
+            for question in questions:
+                self.begin(question, number)
+        return number
+
+    def name_batch(self, number: int, name: str) -> None:
+        """Enters the id that the server gave a batch."""
+        self._write("UPDATE batches SET id = ? WHERE number = ?", (name, number))
+
+    def end_batch(self, number: int, error: str = "the batch has no result for it") -> None:
+        """Enters that all there is of a batch has been read; what has no response by now gets none."""
+        with self.grouped():
+            now = time.time()
+            self._write("UPDATE batches SET ended = ? WHERE number = ?", (now, number))
+            self._write(
+                "UPDATE attempts SET status = 'error', ended = ?, error = ? WHERE batch = ? AND status = 'sent'",
+                (now, error, number),
+            )
+
+    def open_batches(self) -> list[OpenBatch]:
+        """Batches that were intended or created and whose results have not been read."""
+        rows = self._database.execute("SELECT number, id, created FROM batches WHERE ended IS NULL ORDER BY number")
+        return [
+            OpenBatch(number, name, created, self._attempts_of(number)) for number, name, created in rows.fetchall()
+        ]
+
+    def model_of(self, question: str) -> str:
+        """The model that a question (by its id) was put to."""
+        row = self._database.execute("SELECT model FROM questions WHERE id = ?", (question,)).fetchone()
+        return str(row[0])
+
+    def known_batches(self) -> set[str]:
+        """Ids of all batches that were created for this study."""
+        return {name for (name,) in self._database.execute("SELECT id FROM batches WHERE id IS NOT NULL")}
+
+    def _attempts_of(self, number: int) -> dict[str, int]:
+        rows = self._database.execute(
+            "SELECT question, number FROM attempts WHERE batch = ? AND status = 'sent'", (number,)
+        )
+        return dict(rows.fetchall())
+
+    def costs(self) -> list[dict[str, Any]]:
+        """What was asked of each model by kind, what became of it, and what it took."""
+        outcomes = ", ".join(f"sum(outcome IS '{outcome}')" for outcome in OUTCOMES)
+        counted = self._database.execute(
+            f"SELECT kind, model, {outcomes} FROM questions GROUP BY kind, model ORDER BY kind, model"
+        ).fetchall()
+        sums = ", ".join(f"sum({name})" for name in (*USAGE, "usd"))
+        used = {
+            row[:2]: row[2:]
+            for row in self._database.execute(
+                f"SELECT kind, model, count(*), {sums} FROM attempts JOIN questions ON question = id "
+                "GROUP BY kind, model"
+            )
+        }
+        nothing = (0,) * (len(USAGE) + 2)
+        names = ("kind", "model", *OUTCOMES, "requests", *USAGE, "usd")
+        return [dict(zip(names, (*row, *used.get(row[:2], nothing)), strict=True)) for row in counted]
+
+
+def _row(question: Question) -> tuple[Any, ...]:
+    schema = json.dumps(question.schema, sort_keys=True)
+    asked = (question.kind, question.subject, question.repeat, question.model, question.system, schema)
+    return (question.id, *asked, question.prompt, question.max_tokens, question.effort)

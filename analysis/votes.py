@@ -1,0 +1,121 @@
+"""Who put which latent into which category, and how far they agree, at the level of categories and of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from analysis.categories import read_categories
+from analysis.raters import Agreement, Bootstrap, cohen, krippendorff
+
+ALPHA, KAPPA = "krippendorff_alpha", "cohen_kappa"
+
+# A latent of a pair; anything that raters judge; what one rater made of each of them, None where it gave no answer.
+Key = tuple[str, int]
+Unit = TypeVar("Unit")
+Rater = Mapping[Unit, str | None]
+
+
+@dataclass(frozen=True)
+class AgreementRow:
+    """One line of `agreement.csv`: how far raters agree at one level, with the interval over latents.
+
+    `between` is "repeats" (of the first annotator), "repeats of <annotator>", "<annotator> and <annotator>", "people"
+    (one person and the annotator; or people among themselves, by alpha), or "people: <who>" where there are several. At
+    the level "document" the judge of detection takes the annotator's place, and `num_latents` counts documents.
+    """
+
+    measure: str
+    between: str
+    level: str
+    value: float
+    low: float
+    high: float
+    num_latents: int
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What an annotator made of a latent in one repeat; `category` is None where it gave none."""
+
+    latent: Key
+    annotator: str
+    repeat: int
+    category: str | None
+
+
+def read_votes(folder: Path) -> list[Vote]:
+    """All votes of `categories.csv`. An annotator goes by who described: what placed the description is left out."""
+    return [
+        Vote((folder.name, row.latent), row.annotator.partition(", category by")[0], row.repeat, row.category or None)
+        for row in read_categories(folder, votes=True)
+    ]
+
+
+def primary(votes: Iterable[Vote]) -> list[Vote]:
+    """The votes that count in all tables: those of the first annotator in its first repeat."""
+    votes = list(votes)
+    return [vote for vote in votes if (vote.annotator, vote.repeat) == (votes[0].annotator, 0)]
+
+
+def agreement_of(
+    votes: Sequence[Vote], people: Mapping[str, Rater[Key]], group_of: Mapping[str, str], bootstrap: Bootstrap
+) -> list[AgreementRow]:
+    """The rows for those raters that there are; none for one annotator, one repeat and no people."""
+    raters: dict[str, dict[int, dict[Key, str | None]]] = {}
+    for vote in votes:
+        raters.setdefault(vote.annotator, {}).setdefault(vote.repeat, {})[vote.latent] = vote.category
+    by_category = _rows("category", raters, people, bootstrap)
+    classes = {
+        annotator: {repeat: _classes(said, group_of) for repeat, said in repeats.items()}
+        for annotator, repeats in raters.items()
+    }
+    class_people = {who: _classes(said, group_of) for who, said in people.items()}
+    return by_category + _rows("class", classes, class_people, bootstrap)
+
+
+def _classes(said: Rater[Key], group_of: Mapping[str, str]) -> Rater[Key]:
+    return {latent: None if category is None else group_of[category] for latent, category in said.items()}
+
+
+def _rows(
+    level: str, raters: Mapping[str, Mapping[int, Rater[Key]]], people: Mapping[str, Rater[Key]], bootstrap: Bootstrap
+) -> list[AgreementRow]:
+    rows, names = [], list(raters)
+    for annotator, repeats in raters.items():
+        if len(repeats) > 1:
+            between = "repeats" if annotator == names[0] else f"repeats of {annotator}"
+            rows.append(_row(ALPHA, between, level, krippendorff(_units(list(repeats.values())), bootstrap)))
+    firsts = {annotator: repeats[min(repeats)] for annotator, repeats in raters.items()}
+    for other in names[1:]:
+        between = f"{names[0]} and {other}"
+        rows.append(_row(KAPPA, between, level, cohen(_pairs(firsts[names[0]], firsts[other]), bootstrap)))
+    return rows + rows_with_people(level, firsts[names[0]] if names else {}, people, bootstrap)
+
+
+def rows_with_people(
+    level: str, first: Rater[Unit], people: Mapping[str, Rater[Unit]], bootstrap: Bootstrap
+) -> list[AgreementRow]:
+    """Every person against the rater `first`, and several people among themselves."""
+    rows = []
+    for who, said in people.items() if first else ():
+        between = f"people: {who}" if len(people) > 1 else "people"
+        rows.append(_row(KAPPA, between, level, cohen(_pairs(first, said), bootstrap)))
+    if len(people) > 1:
+        rows.append(_row(ALPHA, "people", level, krippendorff(_units(list(people.values())), bootstrap)))
+    return rows
+
+
+def _units(raters: Sequence[Rater[Unit]]) -> list[list[str | None]]:
+    units = dict.fromkeys(unit for rater in raters for unit in rater)
+    return [[rater.get(unit) for rater in raters] for unit in units]
+
+
+def _pairs(first: Rater[Unit], second: Rater[Unit]) -> list[tuple[str | None, str | None]]:
+    return [(answer, second.get(unit)) for unit, answer in first.items()]
+
+
+def _row(measure: str, between: str, level: str, found: Agreement) -> AgreementRow:
+    return AgreementRow(measure, between, level, found.value, *found.interval, found.num_units)

@@ -1,0 +1,158 @@
+"""What cannot be asked is said before anything is paid for, with the setting, its value and the remedy."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.__main__ import _check_access
+from analysis.config import AnalysisConfig, AnalysisSettings, check_analysis
+from analysis.llm import client
+from analysis.llm.asking import ask
+from analysis.llm.config import LlmConfig
+from analysis.llm.ledger import Ledger
+from analysis.llm.preflight import check_access
+from extract.errors import BadInput
+from tests.analysis.asked import MODEL, anything, config, question
+from tests.analysis.messages_stub import MessagesStub
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "key-of-the-test")
+    monkeypatch.delenv("ANTHROPIC_AUTH_TOKEN", raising=False)
+    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.02)
+
+
+def test_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    with pytest.raises(
+        BadInput, match=r"ANTHROPIC_API_KEY \(analysis\.llm\.key_variable\) is not set.*base_url.*offline"
+    ):
+        check_access(LlmConfig())
+    with pytest.raises(BadInput, match="MY_KEY"):
+        check_access(LlmConfig(key_variable="MY_KEY"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": "claude-3-opus-20240229"},
+            r"analysis\.llm\.model \(claude-3-opus-20240229\) is retired.*claude-haiku-5-5",
+        ),
+        ({"second_model": "claude-3-opus-20240229"}, r"second_model \(claude-3-opus-20240229\) is retired"),
+        ({"model": "claude-sonet"}, r"analysis\.llm\.model \(claude-sonet\) .* claude-sonnet-5-5"),
+    ],
+)
+def test_a_model_that_answers_no_more_or_never_did(changes: dict[str, Any], message: str) -> None:
+    with MessagesStub() as stub:
+        with pytest.raises(BadInput, match=message):
+            check_access(config(stub, **changes))
+        assert not stub.bodies
+
+
+def test_at_the_api_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with MessagesStub() as stub:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", stub.url)
+        with pytest.raises(BadInput, match=r"\(claude-haiku-4-5\) does not exist\. Choose one of: claude-sonnet-5-5, "):
+            check_access(LlmConfig(model="claude-haiku-4-5"))
+        with Ledger(tmp_path / "requests.sqlite") as ledger:
+            (answer,) = ask([question(1)], anything, LlmConfig(), ledger)
+    # No cache yet: the prefix is written to it.
+    usage = answer.usage
+    expected = usage["input_tokens"] * 2 + usage["cache_write_tokens"] * 2.5 + usage["output_tokens"] * 10
+    assert answer.outcome == "answered" and answer.usd == pytest.approx(expected / 1e6)
+
+
+def test_a_deprecated_model_is_used_and_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with MessagesStub() as stub:
+        check_access(config(stub, model="claude-sonnet-4-5"))
+    assert "is deprecated; it retires at 2026-11-30" in capsys.readouterr().out
+
+
+def test_a_model_without_a_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    with MessagesStub() as stub:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", stub.url)
+        with pytest.raises(
+            BadInput, match=r"No price of the model claude-next-6.*\+analysis\.llm\.prices\.claude-next-6="
+        ):
+            check_access(LlmConfig(model="claude-next-6"))
+        check_access(LlmConfig(model="claude-next-6", prices={"claude-next-6": [1.0, 2.0, 3.0, 4.0]}))
+
+
+def test_a_server_that_is_not_there() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(BadInput, match=rf"the server at {url} \(analysis\.llm\.base_url\) does not answer .*Start it"):
+        check_access(LlmConfig(base_url=url))
+
+
+def test_a_local_server_needs_no_key_no_price_and_no_counting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    with MessagesStub(local=True) as stub, Ledger(tmp_path / "requests.sqlite") as ledger:
+        llm = config(stub, model="local-model", prices={}, max_usd=0.0)
+        (answer,) = ask([question(1, model="local-model")], anything, llm, ledger)
+        assert (answer.outcome, answer.usd) == ("answered", 0.0)
+        with pytest.raises(BadInput, match=r"analysis\.llm\.model \(other-model\) is not served by .*local-model"):
+            check_access(config(stub, model="other-model"))
+    assert "$0.00" in capsys.readouterr().out
+
+
+def test_the_command_says_so_before_other_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = AnalysisSettings()
+    settings.analysis.annotate.annotator = "llm"
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    with pytest.raises(BadInput, match="No key"):
+        _check_access(settings, [tmp_path])
+    for step in ("categorise", "score"):
+        (tmp_path / f"{step}.json").write_text("{}")
+    _check_access(settings, [tmp_path])  # nothing is left to ask, as far as can be seen
+
+
+def test_a_key_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with MessagesStub() as stub:
+        monkeypatch.setattr(stub, "local", False)
+        monkeypatch.setattr("tests.analysis.messages_stub.Handler._models", refuse)
+        with pytest.raises(BadInput, match=r"401 .*Check the key in ANTHROPIC_API_KEY"):
+            check_access(config(stub))
+
+
+def refuse(handler: Any, name: list[str]) -> None:
+    handler._error(401, "invalid x-api-key")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("concurrency", 0, "analysis.llm.concurrency"),
+        ("repeats", 0, "analysis.llm.repeats"),
+        ("max_attempts_per_answer", 0, "analysis.llm.max_attempts_per_answer"),
+        ("max_usd", -1.0, "analysis.llm.max_usd"),
+        ("timeout_s", 0.0, "analysis.llm.timeout_s"),
+        ("mode", "stream", "analysis.llm.mode"),
+        ("effort", "huge", "analysis.llm.effort"),
+        ("model", "", "analysis.llm.model"),
+        ("second_model", MODEL, "analysis.llm.second_model"),
+        ("prices", {"m": [1.0, 2.0]}, "analysis.llm.prices.m"),
+    ],
+)
+def test_settings_that_cannot_be_used(name: str, value: Any, message: str) -> None:
+    analysis = AnalysisConfig()
+    setattr(analysis.llm, name, value)
+    with pytest.raises(BadInput, match=message):
+        check_analysis(analysis)
+
+
+@pytest.mark.parametrize(("section", "name"), [("annotate", "annotator"), ("taxonomy", "placer")])
+def test_annotators_are_named_right(section: str, name: str) -> None:
+    analysis = AnalysisConfig()
+    setattr(getattr(analysis, section), name, "gpt")
+    with pytest.raises(BadInput, match=rf"analysis\.{section}\.{name} \(gpt\)"):
+        check_analysis(analysis)

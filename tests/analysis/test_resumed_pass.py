@@ -1,0 +1,146 @@
+"""A pass that is killed or stopped goes on, and its outputs are, byte for byte, those of one left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from analysis.config import AnalysisSettings
+from analysis.latent_pass import LatentPass, state_folder
+from analysis.latents import OUTPUTS, write_latents
+from analysis.pass_state import STATE_FILE
+from analysis.reading import TokenBatch
+from tests.analysis.random_study import make_study, settings_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the study, with `whole`, an analysis that nothing interrupted."""
+    root = tmp_path_factory.mktemp("study")
+    write_latents(make_study(root), root / "crosscoder", root / "whole")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """A command that was asked to stop ignores SIGUSR1 until it ends; tests go on."""
+    before = signal.getsignal(signal.SIGUSR1)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+def outputs_in(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in OUTPUTS}
+
+
+def start(root: Path, output: Path, seconds: float) -> subprocess.Popen:
+    script = ROOT / "tests" / "analysis" / "random_study.py"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, script, root, output, str(seconds)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_state(output: Path, process: subprocess.Popen) -> None:
+    while not (state_folder(output) / STATE_FILE).exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def test_killed_processes_and_a_rerun_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
+    """Two SIGKILLs at random moments, saving included: a state is saved after every batch."""
+    rng = random.Random(0)
+    for _ in range(2):
+        process = start(study, tmp_path, 0.01)
+        wait_for_state(tmp_path, process)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "latents.parquet").exists()  # killed mid-pass
+    process = start(study, tmp_path, 0)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, said
+    assert "latents: goes on after" in said
+    assert outputs_in(tmp_path) == outputs_in(study / "whole")
+    assert not state_folder(tmp_path).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_before_it_interrupts(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """After the third batch; the rerun begins with the fourth."""
+    seen: list[int] = []
+    add = LatentPass.add
+
+    def note(self: LatentPass, batch: TokenBatch) -> None:
+        seen.append(self.next_batch)
+        add(self, batch)
+        if len(seen) == 3:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(LatentPass, "add", note)
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(settings_of(study), study / "crosscoder", tmp_path)
+    write_latents(settings_of(study), study / "crosscoder", tmp_path)
+    assert seen == list(range(len(seen))) and len(seen) > 10
+    assert outputs_in(tmp_path) == outputs_in(study / "whole")
+
+
+def stopped_after_three_batches(settings: AnalysisSettings, study: Path, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        add = LatentPass.add
+
+        def stop(self: LatentPass, batch: TokenBatch) -> None:
+            add(self, batch)
+            if self.next_batch == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(LatentPass, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_latents(settings, study / "crosscoder", folder)
+
+
+@pytest.mark.parametrize("change", ["owner", "examples", "batch_tokens", "kept"])
+def test_a_state_of_other_settings_is_not_used(
+    study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    before = settings_of(study)
+    if change == "owner":
+        before.analysis.owner.max_nu_error = 0.3
+    elif change == "examples":
+        before.analysis.examples.seed = 1
+    elif change == "kept":
+        before.kept.skip_first_tokens = 2
+    else:
+        before.analysis.batch_tokens = 30
+    stopped_after_three_batches(before, study, tmp_path)
+    write_latents(settings_of(study), study / "crosscoder", tmp_path)
+    assert "belongs to other settings or inputs" in caplog.text
+    assert outputs_in(tmp_path) == outputs_in(study / "whole")
+
+
+def test_a_damaged_state_is_not_used(study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stopped_after_three_batches(settings_of(study), study, tmp_path)
+    path = state_folder(tmp_path) / STATE_FILE
+    path.write_bytes(path.read_bytes()[:1000])
+    write_latents(settings_of(study), study / "crosscoder", tmp_path)
+    assert "is damaged" in caplog.text
+    assert outputs_in(tmp_path) == outputs_in(study / "whole")
+
+
+def test_no_state_is_a_pickle(study: Path, tmp_path: Path) -> None:
+    stopped_after_three_batches(settings_of(study), study, tmp_path)
+    header = (state_folder(tmp_path) / STATE_FILE).read_bytes()[8:9]
+    assert header == b"{"  # safetensors: the length of a JSON header, then the header
+    assert {path.name for path in state_folder(tmp_path).iterdir()} == {STATE_FILE, "maxima.rows"}
