@@ -13,8 +13,8 @@ with one_line_interrupts():
     from analysis.config import AnalysisSettings
     from analysis.pass_state import STATE_FILE
     from analysis.scoring import judge_of
-    from analysis.steps import inputs_of_latents, run_steps, steps_of_pair, steps_of_study
-    from analysis.taxonomy import placer_of
+    from analysis.steps import ASKING, Step, has_settings, run_steps, steps_of_pair, steps_of_study
+    from analysis.taxonomy import DEFAULT, load_taxonomy, placer_of
     from analysis.tracking import track
     from extract.command import experiment_of, pairs_of, run
     from extract.publish import publish
@@ -32,13 +32,22 @@ def analyse(settings: AnalysisSettings) -> None:
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
     _note_start(settings)
     places = [(pair, *folders_of(pair)) for pair in pairs_of(settings)]
-    for pair, crosscoder_folder, _ in places:  # what one pair lacks is said before hours of work on another
-        inputs_of_latents(pair, crosscoder_folder)
-    _check_access(settings, [folder for _, _, folder in places])
-    any_done = False
-    for pair, crosscoder_folder, folder in places:
+    # What one pair lacks is said before hours of work on another, and what the last step would refuse before the first.
+    work = {folder: steps_of_pair(pair, crosscoder_folder, folder) for pair, crosscoder_folder, folder in places}
+    load_taxonomy(Path(settings.analysis.taxonomy.path or DEFAULT))
+    asks = _check_access(settings, work)
+    for pair, _, folder in places:
         save_settings(pair, folder)
-        any_done |= run_steps(steps_of_pair(pair, crosscoder_folder, folder), folder)
+    any_done = False
+    if asks:  # all that is free comes first: it tells what the rest of the study will cost
+        from analysis.expenses import check_expenses  # loads a client that takes a second
+
+        for folder, steps in work.items():
+            any_done |= run_steps([step for step in steps if step.name not in ASKING], folder)
+        check_expenses(settings, list(work))
+        work = {folder: [step for step in steps if step.name in ASKING] for folder, steps in work.items()}
+    for folder, steps in work.items():
+        any_done |= run_steps(steps, folder)
     pair, _, folder = places[0]
     report_folder = Path(settings.outputs) / "report"
     save_settings(settings, report_folder)
@@ -51,7 +60,7 @@ def analyse(settings: AnalysisSettings) -> None:
 def _note_start(settings: AnalysisSettings) -> None:
     """Of a requeued job; see `extract.restarts`."""
     outputs, limit = Path(settings.outputs), settings.max_restarts_without_progress
-    records = [*outputs.glob("analysis/*/*.json"), *outputs.glob(f"analysis/*/*/{STATE_FILE}")]
+    records = [*outputs.glob("analysis/*/*.json"), *outputs.glob(f"analysis/*/*/*/{STATE_FILE}")]
     done = {path.stat().st_mtime_ns: path for path in records}
     newest = max(done, default=0)  # their number stays the same where steps are done again
     where = "its first step"
@@ -61,15 +70,20 @@ def _note_start(settings: AnalysisSettings) -> None:
     note_start(outputs / "report" / "restarts.json", newest, limit, where)
 
 
-def _check_access(settings: AnalysisSettings, folders: list[Path]) -> None:
-    """Whether a language model that is to be asked can be, said before hours of other work."""
+def _check_access(settings: AnalysisSettings, work: dict[Path, list[Step]]) -> bool:
+    """Whether steps will ask a language model, as far as records tell before hours of other work; BadInput if that
+    cannot be asked.
+    """
     annotates = "llm" in (settings.analysis.annotate.annotator, placer_of(settings.analysis))
     judge = judge_of(settings.analysis)
     models = dict.fromkeys([*(settings.analysis.llm.models if annotates else ()), *([judge] if judge else ())])
-    if models and not all((folder / "score.json").exists() for folder in folders):
-        from analysis.llm.preflight import check_access  # loads a client that takes a second
+    asking = [(folder, step) for folder, steps in work.items() for step in steps if step.name in ASKING]
+    if not models or all(has_settings(step, folder) and not step.is_lacking() for folder, step in asking):
+        return False
+    from analysis.llm.preflight import check_access  # loads a client that takes a second
 
-        check_access(settings.analysis.llm, list(models))
+    check_access(settings.analysis.llm, list(models))
+    return True
 
 
 def save_settings(settings: AnalysisSettings, folder: Path) -> None:

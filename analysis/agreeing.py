@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 
@@ -10,11 +11,11 @@ from analysis.categories import OTHER
 from analysis.config import AnalysisSettings
 from analysis.people import DOCUMENTS, LATENTS, NO, YES, read_said
 from analysis.raters import Bootstrap
-from analysis.scores import read_verdicts
+from analysis.scores import NONE, groups_of, read_verdicts
 from analysis.sheets import Named, as_csv
 from analysis.taxonomy import DEFAULT, load_taxonomy
 from analysis.trials import DETECTION
-from analysis.votes import AgreementRow, Rater, agreement_of, read_votes, rows_with_people
+from analysis.votes import AgreementRow, Measure, Rater, agreement_of, read_votes, rows_with_people
 from extract.errors import BadInput
 from extract.publish import publish
 
@@ -36,9 +37,15 @@ def write_agreement(settings: AnalysisSettings, folders: Sequence[Path], target:
     people = _said(people_folder(settings, LATENTS), names)
     _check_categories(people_folder(settings, LATENTS), people, set(group_of))
     by_latent = {who: {(named[0], int(named[1])): c for named, c in said.items()} for who, said in people.items()}
-    rows = agreement_of(votes, by_latent, group_of, bootstrap)
+    clusters = {(folder.name, latent): group for folder in folders for latent, group in groups_of(folder).items()}
+
+    def cluster_of(pair: str, latent: int) -> Hashable:
+        return pair, clusters.get((pair, latent), latent)
+
+    rows = agreement_of(votes, by_latent, group_of, bootstrap, lambda key: cluster_of(*key))
     readers = _said(people_folder(settings, DOCUMENTS), names)
-    rows += rows_with_people("document", judged_documents(folders), readers, bootstrap)
+    measure = Measure[Named](bootstrap, lambda named: cluster_of(named[0], int(named[1])))
+    rows += rows_with_people("document", judged_documents(folders), readers, measure)
     columns = [field.name for field in fields(AgreementRow)]
     publish(target / AGREEMENT, as_csv(columns, [astuple(row) for row in rows]))
     return rows
@@ -50,7 +57,7 @@ def judged_documents(folders: Sequence[Path]) -> Rater[Named]:
         (folder.name, str(verdict.latent), str(verdict.given.document)): YES if verdict.verdict else NO
         for folder in folders
         for verdict in read_verdicts(folder)
-        if (verdict.kind, verdict.control) == (DETECTION, "none")
+        if (verdict.kind, verdict.control) == (DETECTION, NONE)
     }
 
 
@@ -78,7 +85,7 @@ def text_of(rows: Sequence[AgreementRow]) -> str:
         return "No agreement to measure: one annotator, one repeat, and nobody's sheet. See analysis.llm.repeats."
     lines = [f"{'measure':<19} {'between':<40} {'level':<9} {'value':>6}  {'interval':<15} units"]
     for row in rows:
-        interval = f"{row.low:.2f} to {row.high:.2f}"
+        interval = "unknown" if math.isnan(row.low) else f"{row.low:.2f} to {row.high:.2f}"
         shown = (
             f"{row.measure:<19} {row.between:<40} {row.level:<9} {row.value:>6.2f}  {interval:<15} {row.num_latents}"
         )

@@ -21,8 +21,8 @@ with one_line_interrupts():
     from analysis.categories import Category
     from analysis.config import AnalysisSettings
     from analysis.document_sheets import export_documents
-    from analysis.people import ANSWERS, DOCUMENTS, LATENTS, export_latents, known_answers, write_said
-    from analysis.sheets import read_sheet
+    from analysis.people import ANSWERS, DOCUMENTS, LATENTS, add_said, export_latents, known_answers
+    from analysis.sheets import check_new, read_sheet
     from analysis.taxonomy import DEFAULT, load_taxonomy
     from analysis.votes import primary, read_votes
     from extract.command import experiment_of, pairs_of, run
@@ -34,7 +34,7 @@ with one_line_interrupts():
 class AgreementSettings(AnalysisSettings):
     """The settings of `python -m analysis.agreement`."""
 
-    # CSV to write, a blinded random sample for people to judge; null writes none.
+    # CSV to write, which is not there yet: a blinded random sample for people to judge; null writes none.
     export: str | None = None
     # CSV that a person filled in; null reads none.
     filled: str | None = None
@@ -47,6 +47,12 @@ class AgreementSettings(AnalysisSettings):
         super().check()
         if self.unit not in ANSWERS:
             raise BadInput(f'unit ({self.unit}) must be "{LATENTS}" or "{DOCUMENTS}".')
+        if self.export and (self.filled or self.who):
+            raise BadInput("export writes an empty sheet, filled (with who) reads one. Give one of them at a time.")
+        if self.who and not self.filled:
+            raise BadInput(f"who ({self.who}) says who filled in a sheet, and there is none: filled=FILE.")
+        if self.export:
+            check_new(Path(self.export))
         if self.filled and not re.fullmatch(r"[\w-]+", self.who or ""):
             raise BadInput(f"who ({self.who}) must name the person with letters, digits, - and _: who=anna.")
 
@@ -99,10 +105,9 @@ def _export(settings: AgreementSettings, folders: list[Path], categories: list[C
 def _import(settings: AgreementSettings, categories: list[Category]) -> None:
     keys, known = people_folder(settings, settings.unit), known_answers(settings.unit, categories)
     filled = read_sheet(Path(str(settings.filled)), ANSWERS[settings.unit], known, keys)
-    write_said(keys / f"{settings.who}.csv", filled)
-    print(
-        f"{settings.who}: {sum(row.answer is not None for row in filled)} of {len(filled)} {settings.unit} are judged"
-    )
+    num_said = add_said(keys / f"{settings.who}.csv", filled)
+    num_judged = sum(row.answer is not None for row in filled)
+    print(f"{settings.who}: {num_judged} of {len(filled)} {settings.unit} are judged, {num_said} with earlier sheets")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The step that describes every model-specific latent, offline or by a language model."""
 
-import sqlite3
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +12,7 @@ from analysis.annotations import (
     write_annotations,
 )
 from analysis.config import NOT_MODELS, AnalysisSettings
+from analysis.examples import check_samples, reading
 from analysis.offline import describe_offline
 
 __all__ = ["ANNOTATOR", "Annotation", "annotate", "has_failed", "read_annotations"]
@@ -23,8 +23,9 @@ def annotate(settings: AnalysisSettings, folder: Path) -> None:
     config = settings.analysis.annotate
     latents = pq.read_table(folder / "latents.parquet", columns=["latent", "owner"]).to_pylist()
     owned = [(row["latent"], row["owner"]) for row in latents if row["owner"] not in NOT_MODELS]
-    with sqlite3.connect(f"file:{folder / 'examples.sqlite'}?mode=ro", uri=True) as database:
+    with reading(folder) as database:
         if config.annotator == "llm":
+            check_samples(database, folder)  # what descriptions are scored with, before any is paid for
             from analysis.describing import describe_by_llm  # loads a client that takes a second
 
             records = describe_by_llm(settings, folder.name, database, owned)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from analysis.json_lines import json_text, lines_of
 from analysis.wording import Evidence
 from extract.publish import publish
 
@@ -41,14 +42,14 @@ class Annotation:
 
 def write_annotations(folder: Path, records: Iterable[Annotation]) -> None:
     """Publishes `annotations.jsonl`, whole or not at all."""
-    lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+    lines = "".join(json_text(asdict(record)) + "\n" for record in records)
     publish(folder / ANNOTATIONS, lines.encode())
 
 
 def read_annotations(folder: Path, votes: bool = False) -> list[Annotation]:
     """The primary vote on every latent of `annotations.jsonl`, described or not; all votes if `votes`."""
-    lines = (folder / ANNOTATIONS).read_text(encoding="utf-8").splitlines()
-    records = [_annotation(json.loads(line)) for line in lines]
+    text = (folder / ANNOTATIONS).read_bytes().decode("utf-8")
+    records = [_annotation(json.loads(line)) for line in lines_of(text)]
     return [record for record in records if votes or record.vote == 0]
 
 

@@ -6,7 +6,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.tables import Table, number
+from analysis.tables import Table, bounded
 from extract.config import split_member
 
 FOUND, ADDED, MISSED, SHARED = "found", "added", "missed", "shared behaviour"
@@ -41,8 +41,16 @@ class Measured:
     auroc_high: float
     num_positive: int
     num_negative: int
+    num_positive_prompts: int
+    num_negative_prompts: int
     found: bool
     verdict: str
+
+    @property
+    def size(self) -> str:
+        """What it was measured on: "9 prompts with it, 27 of 1,180 documents"."""
+        total = self.num_positive + self.num_negative
+        return f"{self.num_positive_prompts:,} prompts with it, {self.num_positive:,} of {total:,} documents"
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,8 @@ def _measured(pair: str, row: dict[str, str], models: list[str], planted: dict[s
         auroc_high=float(row["auroc_high"]),
         num_positive=int(row["num_positive"]),
         num_negative=int(row["num_negative"]),
+        num_positive_prompts=int(row["num_positive_prompts"]),
+        num_negative_prompts=int(row["num_negative_prompts"]),
         found=found,
         verdict=verdict(found, row["value"], row["owner"], models, planted),
     )
@@ -127,7 +137,7 @@ def _answer(column: Column, rows: list[Measured]) -> str:
 
 
 def _named(rows: list[Measured]) -> str:
-    return ", ".join(f"{spoken(row.value)} (F1 {number(row.f1)})" for row in rows)
+    return ", ".join(f"{spoken(row.value)} (F1 {bounded(row.f1)})" for row in rows)
 
 
 def misplaced_in_base(measured: list[Measured], columns: list[Column]) -> list[Measured]:
@@ -144,23 +154,27 @@ def spoken(value: str) -> str:
 def table_of(measured: list[Measured]) -> Table:
     """All measured behaviours, base models included."""
     columns = ["pair", "tag", "value", "owner", "latent", "f1", "f1_low", "f1_high", "auroc", "auroc_low", "auroc_high"]
-    columns += ["num_positive", "num_negative", "found", "verdict"]
+    columns += ["num_positive", "num_negative", "num_positive_prompts", "num_negative_prompts", "found", "verdict"]
     return Table(
         name="behaviours",
-        caption="How well the best latent of each model predicts a behaviour, on prompts that it was not chosen on.",
+        caption="How well the best latent of each model predicts a behaviour, on prompts that it was not chosen on; n: "
+        "prompts with the behaviour, documents that answer them (answers of all models), and all documents. Intervals "
+        "are those of a bootstrap over prompts, widened to what further prompts, all right or all wrong, would make of "
+        "the measure, as many as Wilson's interval adds.",
         columns=columns,
         raw=[[getattr(row, column) for column in columns] for row in measured],
-        heading=["behaviour", "pair", "model", "latent", "F1", "interval", "AUROC", "interval", "verdict"],
+        heading=["behaviour", "pair", "model", "latent", "n", "F1", "interval", "AUROC", "interval", "verdict"],
         printed=[
             [
                 spoken(row.value),
                 row.pair,
                 row.owner,
                 "–" if row.latent is None else str(row.latent),
-                number(row.f1),
+                f"{row.num_positive_prompts:,} · {row.num_positive:,} · {row.num_positive + row.num_negative:,}",
+                bounded(row.f1),
                 plain_interval(row.f1_low, row.f1_high),
-                number(row.auroc),
-                plain_interval(row.auroc_low, row.auroc_high),
+                bounded(row.auroc, 3),
+                plain_interval(row.auroc_low, row.auroc_high, 3),
                 row.verdict,
             ]
             for row in measured
@@ -168,6 +182,6 @@ def table_of(measured: list[Measured]) -> Table:
     )
 
 
-def plain_interval(low: float, high: float) -> str:
+def plain_interval(low: float, high: float, digits: int = 2) -> str:
     """ "[0.91, 0.98]" """
-    return f"[{number(low)}, {number(high)}]"
+    return f"[{bounded(low, digits)}, {bounded(high, digits)}]"

@@ -16,6 +16,8 @@ from analysis.tables import Table, interval, percent, probability, signed, state
 from extract.errors import BadInput
 
 AGREE, DIFFER, LEVEL = "agree", "differ", "level"
+# What the names of its tables begin with.
+LEADERBOARD = "leaderboard"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _table(rows: list[Beside], a: str, b: str, said: str) -> Table:
     ]
     elo = [f"Elo {a}", f"Elo {b}", "difference", "interval"]
     return Table(
-        name=name_of("leaderboard", a, b),
+        name=name_of(LEADERBOARD, a, b),
         caption=f"Elo of {a} and {b} beside their latents: counts, difference of shares in points, q. {said}",
         columns=[field.name for field in fields(Beside)],
         raw=[list(astuple(row)) for row in rows],

@@ -39,6 +39,11 @@ class Units:
         """The most votes that a latent has."""
         return int(self.num_votes_n.max(initial=0))
 
+    @property
+    def are_single(self) -> bool:
+        """Whether every latent is its own cluster and has one vote: then how many have each name says everything."""
+        return self.num_votes <= 1 and self.num_clusters == len(self.cluster_n)
+
     def clusters_of(self, name: int) -> set[tuple[int, int]]:
         """The different (latents with that name, placed latents) of clusters, by the primary votes."""
         primary = self.votes_nV[:, 0]
@@ -66,7 +71,8 @@ def bootstrap(
     """Percentile intervals for every name (Efron 1979).
 
     Each resample draws as many clusters of either model as it has, with replacement and whole, and for every latent
-    that it drew one of its votes at random; where that vote is LOST, the latent counts nowhere. A name without a latent
+    that it drew one of its votes at random; where that vote is LOST, the latent counts nowhere (of single latents with
+    one vote, the counts of a resample are multinomial, and drawn as such). A name without a latent
     in a model has none in any resample, so that its intervals are too narrow: read those from the counts.
     """
     rng = np.random.default_rng(seed)
@@ -90,11 +96,21 @@ def _percentiles(values: np.ndarray, confidence: float) -> Interval:
 
 def _shares(units: Units, num_names: int, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
     """(R, C) shares of the names in each resample."""
-    per_chunk = max(1, CHUNK // max(len(units.cluster_n), 1))
-    sizes = [min(per_chunk, num_resamples - start) for start in range(0, num_resamples, per_chunk)]
-    counts_RN = np.concatenate([_counts(units, num_names, size, rng) for size in sizes])
+    if units.are_single:
+        column_n = _columns(units.votes_nV[:, 0], num_names)
+        count_N = np.bincount(column_n, minlength=num_names + 2)
+        counts_RN = rng.multinomial(len(column_n), count_N / max(len(column_n), 1), num_resamples)
+    else:
+        per_chunk = max(1, CHUNK // max(len(units.cluster_n), 1))
+        sizes = [min(per_chunk, num_resamples - start) for start in range(0, num_resamples, per_chunk)]
+        counts_RN = np.concatenate([_counts(units, num_names, size, rng) for size in sizes])
     with np.errstate(invalid="ignore"):
         return counts_RN[:, :num_names] / counts_RN[:, : num_names + 1].sum(1, keepdims=True)
+
+
+def _columns(names: np.ndarray, num_names: int) -> np.ndarray:
+    """The columns that votes count in: those of their names, then in none, then lost."""
+    return np.where(names >= 0, names, num_names - 1 - names)
 
 
 def _counts(units: Units, num_names: int, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
@@ -110,7 +126,6 @@ def _counts(units: Units, num_names: int, num_resamples: int, rng: np.random.Gen
     latent_s = order_n[np.repeat(start - (np.cumsum(size) - size), size) + np.arange(size.sum())]
     resample_s = np.repeat(np.arange(num_resamples), size.reshape(num_resamples, num_clusters).sum(1))
     drawn_s = rng.integers(0, units.num_votes_n[latent_s]) if units.num_votes > 1 else 0
-    name_s = units.votes_nV[latent_s, drawn_s]
-    column_s = np.where(name_s >= 0, name_s, num_names - 1 - name_s)
+    column_s = _columns(units.votes_nV[latent_s, drawn_s], num_names)
     found = np.bincount(resample_s * width + column_s, minlength=num_resamples * width)
     return found.reshape(num_resamples, width)

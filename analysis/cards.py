@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,14 @@ import pyarrow.parquet as pq
 
 from analysis.annotations import DESCRIBED, Annotation, read_annotations
 from analysis.categories import PLACED, Placed, read_categories
+from analysis.certainty import UNKNOWN, certainty_of
 from analysis.columns import delta_norm_of, members_of, models_of, nu_column, nu_of, owners_in_order
-from analysis.config import NOT_MODELS, ReportConfig
+from analysis.config import NOT_MODELS, OwnerConfig, ReportConfig
+from analysis.examples import reading
 from analysis.excerpts import Shown, shown_of
 from analysis.human import HumanLabel, read_labels
+from analysis.optional_files import read_optional
+from analysis.selected import BY_PEOPLE
 
 Row = dict[str, Any]
 # What is read of all latents, owned or not; a histogram of each would be most of the memory.
@@ -53,7 +54,7 @@ class Card:
 
     `anchor` is its id in the page. `outcome` says what became of its description; `category` and `group` (its class)
     are empty if it has none. `shares` are parts of its firing tokens: of templates, of a role, of a source. `twins` are
-    its near-duplicates.
+    its near-duplicates. `certainty` says whether a threshold of nu lies within an interval.
     """
 
     anchor: str
@@ -84,6 +85,7 @@ class Card:
     scores: list[Score]
     human: HumanLabel | None
     documents: list[Shown]
+    certainty: str = UNKNOWN
 
 
 def anchor_of(pair: str, latent: int) -> str:
@@ -103,7 +105,7 @@ def read_owned(folder: Path) -> list[Row]:
     return table.filter(pc.invert(pc.is_in(table["owner"], pa.array(NOT_MODELS)))).to_pylist()
 
 
-def cards_of(folder: Path, config: ReportConfig, always: set[int]) -> list[Card]:
+def cards_of(folder: Path, config: ReportConfig, always: set[int], thresholds: OwnerConfig) -> list[Card]:
     """Cards of each owner's latents: the `latents_per_model` most exclusive, and those in `always`.
 
     Documents are read where they may be shown; `redaction.redacted` withholds what else must be.
@@ -116,14 +118,9 @@ def cards_of(folder: Path, config: ReportConfig, always: set[int]) -> list[Card]
         chosen += [row for rank, row in enumerate(own) if rank < config.latents_per_model or row["latent"] in always]
     with reading(folder) as database:
         documents = [[] if config.redact != "none" else shown_of(database, row["latent"], config) for row in chosen]
-    return [_card(folder.name, row, models, beside, shown) for row, shown in zip(chosen, documents, strict=True)]
-
-
-@contextmanager
-def reading(folder: Path) -> Iterator[sqlite3.Connection]:
-    """The examples of an analysis folder, which nobody changes."""
-    with closing(sqlite3.connect(f"file:{folder / 'examples.sqlite'}?mode=ro", uri=True)) as database:
-        yield database
+    certain = [certainty_of(row, models, thresholds) for row in chosen]
+    cards = [_card(folder.name, row, models, beside, shown) for row, shown in zip(chosen, documents, strict=True)]
+    return [replace(card, certainty=said) for card, said in zip(cards, certain, strict=True)]
 
 
 def exclusiveness(row: Row, models: list[str]) -> float:
@@ -166,12 +163,10 @@ def _group(row: Row) -> tuple[str, int]:
 def read_scores(folder: Path) -> dict[int, list[Score]]:
     """The scores of descriptions, without the controls; none if nothing was scored."""
     found: dict[int, list[Score]] = defaultdict(list)
-    if (folder / SCORES).is_file():
-        with (folder / SCORES).open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                if row["control"] in ("", "none") and row["balanced_accuracy"]:
-                    numbers = (float(row[name]) for name in ("balanced_accuracy", "low", "high"))
-                    found[int(row["latent"])].append(Score(row["kind"], *numbers))
+    for row in read_optional(folder / SCORES)[1] if (folder / SCORES).is_file() else ():
+        if row["control"] in ("", "none") and row["balanced_accuracy"]:
+            numbers = (float(row[name] or "nan") for name in ("balanced_accuracy", "low", "high"))
+            found[int(row["latent"])].append(Score(row["kind"], *numbers))
     return found
 
 
@@ -209,6 +204,14 @@ def _card(pair: str, row: Row, models: list[str], beside: _Beside, documents: li
         human=beside.human.get(latent),
         documents=documents,
     )
+
+
+def placed_by_hand(card: Card, groups: Mapping[str, str]) -> Card:
+    """The card with the category that a person gave in place of the annotator's; `groups` are classes of categories."""
+    if card.human is None or not card.human.category:
+        return card
+    category = card.human.category
+    return replace(card, category=category, group=groups.get(category, ""), similarity=None, outcome=BY_PEOPLE)
 
 
 def outcome_of(annotation: Annotation, placed: Placed) -> str:

@@ -1,13 +1,13 @@
 """`categories.csv`: which category every vote puts a latent into; `classes.csv`: how many of each class there are."""
 
 import csv
-import io
 import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.annotations import Annotation
+from analysis.csv_files import csv_bytes
 from extract.publish import publish
 
 CATEGORIES, CLASSES = "categories.csv", "classes.csv"
@@ -53,18 +53,20 @@ def not_described(annotation: Annotation) -> Placed:
 
 def write_categories(folder: Path, placed: list[Placed], groups: list[str]) -> None:
     """Publishes `categories.csv`, and `classes.csv` of placed primary votes: a row for each of `groups`."""
-    publish(folder / CATEGORIES, _csv(COLUMNS, [_cells(row) for row in placed]))
+    publish(folder / CATEGORIES, csv_bytes([COLUMNS, *map(_cells, placed)]))
     primary = [row for row in placed if row.vote == 0 and row.outcome == PLACED]
     counts, owners = Counter((row.owner, row.group) for row in primary), Counter(row.owner for row in primary)
     publish(
         folder / CLASSES,
-        _csv(
-            ("owner", "class", "count", "total", "annotator"),
+        csv_bytes(
             [
-                [owner, group, counts[owner, group], owners[owner], primary[0].annotator]
-                for owner in owners
-                for group in groups
-            ],
+                ("owner", "class", "count", "total", "annotator"),
+                *(
+                    (owner, group, counts[owner, group], owners[owner], primary[0].annotator)
+                    for owner in owners
+                    for group in groups
+                ),
+            ]
         ),
     )
 
@@ -88,9 +90,3 @@ def _placed(row: dict[str, str]) -> Placed:
     # Folders of earlier versions hold one vote, always placed.
     vote, repeat = int(row.get("vote", 0)), int(row.get("repeat", 0))
     return Placed(*named, vote, row.get("outcome", PLACED), repeat, row.get("reason", ""))
-
-
-def _csv(header: tuple[str, ...], rows: list[list]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue().encode()

@@ -64,7 +64,7 @@ class Change:
     claim: str
 
 
-class Tests(NamedTuple):
+class PValues(NamedTuple):
     """p and q of one category: Fisher's, and by permuting clusters."""
 
     p: float
@@ -100,6 +100,8 @@ class Comparison:
     global_p: float
     claim: str
     confidence: float
+    # The level of the tests.
+    alpha: float
     # Who described the latents and put them into categories; empty for counts of a file.
     annotator: str
     # What the numbers cannot say, whatever they are.
@@ -112,11 +114,6 @@ class Comparison:
     # The probability behind "would be found".
     power: float
     basis: Basis
-
-    @property
-    def alpha(self) -> float:
-        """The level of the tests."""
-        return round(1 - self.confidence, 12)
 
     @property
     def totals(self) -> tuple[int, int]:
@@ -136,7 +133,7 @@ def change_of(
     table: Fourfold,
     config: CompareConfig,
     *,
-    tests: Tests,
+    tests: PValues,
     chance: float,
     resampled: Resampled,
     clusters: tuple[set[sensitivity.Cluster], set[sensitivity.Cluster]],

@@ -2,7 +2,7 @@
 
 A difference of a category may be claimed if q < 1 - confidence, with near-duplicates counted as the independent latents
 that they are not and with clusters of them permuted whole, the bootstrap interval over clusters and votes excludes no
-difference, and the same annotators named the latents of both models.
+difference, and the same annotators, models and people alike, put the latents of both into their categories.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ PLURAL = {"category": "categories", "class": "classes"}
 
 
 def same_annotators(basis: Basis) -> bool:
-    """Whether the categories of both models come from the same annotators, as far as is known."""
+    """Whether the categories of both models come from the same annotators, people included; nothing is known of counts
+    alone, and both sets empty.
+    """
     first, second = basis.annotators
-    return not first or not second or first == second
+    return first == second
 
 
 def may_be_claimed(change: Change, basis: Basis, alpha: float) -> bool:
@@ -199,7 +201,7 @@ def caveat_of(basis: Basis, totals: tuple[int, int], models: tuple[str, str]) ->
         clusters = f"The selected latents form {basis.clusters[0]} and {basis.clusters[1]} clusters of near-duplicates"
         sentences.append(f"{clusters}, which permutations and resamples keep whole.")
     if any(basis.by_people):
-        sentences.append(f"People put {basis.by_people[0]} and {basis.by_people[1]} of them into their categories.")
+        sentences.append(_people(basis.by_people, totals))
     return " ".join([*sentences, _OF_SELECTED])
 
 
@@ -214,6 +216,15 @@ def _placed(basis: Basis, totals: tuple[int, int], models: tuple[str, str]) -> s
     numbers = zip(totals, selected, models, strict=True)
     placed = (f"{total} of {number} selected latents of {model}" for total, number, model in numbers)
     return f"Compared are the placed ones: {' and '.join(placed)}."
+
+
+def _people(by_people: tuple[int, int], totals: tuple[int, int]) -> str:
+    shares = [count / total if total else 0.0 for count, total in zip(by_people, totals, strict=True)]
+    first, second = (f"{count} ({percent(share, 0)})" for count, share in zip(by_people, shares, strict=True))
+    said = f"People put {first} and {second} of them into their categories"
+    if shares[0] == shares[1]:
+        return f"{said}."
+    return f"{said}: how far they judge unlike the annotators is in the difference, and in no interval."
 
 
 def _votes(basis: Basis) -> str:

@@ -36,11 +36,11 @@ with one_line_interrupts():
     from analysis.counts import folders_by_base, read_counts
     from analysis.flow import flow_table
     from analysis.pairwise import compare_counts
+    from analysis.study_folders import categorised_folders
     from analysis.tables import Table, text_of
     from analysis.taxonomy import DEFAULT, load_taxonomy
-    from extract.command import EXIT_BAD_INPUT, experiment_of, pairs_of, run
+    from extract.command import EXIT_BAD_INPUT, run
     from extract.errors import BadInput
-    from train.runs import run_folder
 
 
 @dataclass
@@ -51,7 +51,7 @@ class CountsSettings(CompareConfig):
     counts: str | None = None
     # YAML file of classes and categories that the rows are of; null is the taxonomy of arXiv 2509.18792.
     taxonomy: str | None = None
-    # Folder for the tables; empty = outputs/compare/<name of the file>.
+    # Folder for the tables; empty = outputs/compare/<path of the file without .csv>.
     outputs: str = ""
 
 
@@ -73,13 +73,7 @@ def _shown(comparison: Comparison) -> str:
 
 def compare_study(settings: AnalysisSettings) -> None:
     """Compare the pairs of a study whose categories exist."""
-    pairs = [(pair, run_folder(pair, experiment_of(pair)).name) for pair in pairs_of(settings)]
-    folders = [Path(pair.outputs) / "analysis" / name for pair, name in pairs]
-    folders = [folder for folder in folders if (folder / "categories.csv").exists()]
-    if not folders:
-        raise BadInput(
-            f"{settings.study} has no categories. Run `python -m analysis experiment={settings.study}` first."
-        )
+    folders = categorised_folders(settings)
     if not folders_by_base(folders):
         analysed = "; ".join(f"{folder.name}: {' -> '.join(models_of(folder))}" for folder in folders)
         raise BadInput(
@@ -100,9 +94,16 @@ def compare_file(arguments: list[str]) -> None:
     counts = read_counts(path, categories)
     check_reference(counts[0].models, settings.reference, section="")
     comparisons = [comparison for table in counts for comparison in compare_counts(table, settings)]
-    folder = Path(settings.outputs or f"outputs/compare/{path.stem}")
+    folder = Path(settings.outputs) if settings.outputs else default_folder(path)
     beside = write_comparisons(comparisons, settings, board, folder)
     print(f"{show(comparisons, beside)}\n\n{_unknown(comparisons, categories)}Tables: {folder}")
+
+
+def default_folder(counts: Path) -> Path:
+    """`outputs/compare/` and the path of the file below the working directory, or from the root: one for each file."""
+    whole = counts.resolve()
+    below = whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else whole.relative_to(whole.anchor)
+    return Path("outputs/compare") / below.parent / below.name.removesuffix(".csv")
 
 
 def counts_settings(arguments: list[str]) -> CountsSettings:
@@ -124,9 +125,17 @@ def counts_settings(arguments: list[str]) -> CountsSettings:
 
 
 def _unknown(comparisons: list[Comparison], categories: list[Category]) -> str:
-    """Says why there is no table of classes where a file holds some categories alone."""
+    """Says where the names are of no known taxonomy, and why there is no table of classes where a file holds some
+    categories alone.
+    """
     first = comparisons[0]
     missing = first.num_names - len(first.changes)
+    names = {category.name for category in categories} | {category.group for category in categories}
+    if not names & {change.name for change in first.changes}:
+        return (
+            f"No row is in the taxonomy: the tests are corrected for the {len(first.changes)} names of the file alone. "
+            "If more were looked at, write their rows too, with 0 where there are none.\n\n"
+        )
     if first.level != "category" or not missing:
         return ""
     return (

@@ -49,6 +49,8 @@ def check_compare(compare: CompareConfig, section: str = "analysis.compare.") ->
     for name in ("resamples", "top_changes"):
         if getattr(compare, name) < 1:
             raise BadInput(f"{section}{name} ({getattr(compare, name)}) must be at least 1.")
+    if compare.seed < 0:
+        raise BadInput(f"{section}seed ({compare.seed}) must be at least 0.")
     if compare.power <= compare.alpha:
         raise BadInput(
             f"{section}power ({compare.power}) must exceed 1 - confidence ({compare.alpha}), which chance reaches."

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from analysis.beside import beside
+from analysis.beside import LEADERBOARD, beside
 from analysis.categories import Category
 from analysis.changes import Comparison
-from analysis.comparison_tables import changes_table, name_of, table_of
+from analysis.comparison_tables import CHANGES, changes_table, name_of, table_of
 from analysis.config import AnalysisSettings, CompareConfig
 from analysis.counts import LEVELS, columns_of_folders, counts_of_folders, folders_by_base
 from analysis.flow import FlowRow, flow_of, flow_table
@@ -35,8 +35,9 @@ def compare(settings: AnalysisSettings, folders: list[Path]) -> list[Comparison]
     categories = taxonomy_of(settings)
     board = leaderboard_of(config, categories)
     comparisons = comparisons_of(settings, folders)
-    write_comparisons(comparisons, config, board, target)
+    beside_it = [table.name for table, _ in write_comparisons(comparisons, config, board, target)]
     write_table(flow_table(flows_of(settings, folders)), target)
+    remove_others(target, {*names_of(config, folders), *beside_it})
     return comparisons
 
 
@@ -98,13 +99,26 @@ def write_comparisons(
     return tables
 
 
-def outputs_of(config: CompareConfig, folders: list[Path]) -> tuple[str, ...]:
-    """The files, in the folder of the report, that `compare` writes for analysis `folders`, leaderboards apart."""
+def remove_others(folder: Path, names: set[str]) -> None:
+    """Removes the tables of comparisons that earlier runs wrote and that are none of `names`: nothing would say so."""
+    starts = tuple(f"{kind}_" for kind in (*LEVELS, *(f"{CHANGES}{level}" for level in LEVELS), LEADERBOARD))
+    for path in folder.iterdir():
+        if path.stem.startswith(starts) and path.suffix[1:] in ENDINGS and path.stem not in names:
+            path.unlink()
+
+
+def names_of(config: CompareConfig, folders: list[Path]) -> list[str]:
+    """What the tables of a comparison of analysis `folders` are called, those beside a leaderboard apart."""
     names = ["flow"]
     for sharing in folders_by_base(folders):
         pairs = pairs_of_models(list(columns_of_folders(sharing)), config)
-        names += [name_of(f"{kind}{level}", *pair) for kind in ("", "changes_") for level in LEVELS for pair in pairs]
-    return tuple(f"{TABLES}/{name}.{ending}" for name in names for ending in ENDINGS)
+        names += [name_of(f"{kind}{level}", *pair) for kind in ("", CHANGES) for level in LEVELS for pair in pairs]
+    return names
+
+
+def outputs_of(config: CompareConfig, folders: list[Path]) -> tuple[str, ...]:
+    """The files, in the folder of the report, that `compare` writes for analysis `folders`, leaderboards apart."""
+    return tuple(f"{TABLES}/{name}.{ending}" for name in names_of(config, folders) for ending in ENDINGS)
 
 
 def inputs_of_comparison(config: CompareConfig, folders: list[Path]) -> dict[str, Path]:

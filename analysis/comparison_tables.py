@@ -14,6 +14,9 @@ from analysis.changes import Change, Comparison
 from analysis.counts import CLASS
 from analysis.tables import Table, interval, number, percent, probability, signed
 
+# What the names of tables in the published form begin with.
+CHANGES = "changes_"
+
 
 def name_of(level: str, model_a: str, model_b: str) -> str:
     """What the files of a comparison are called, without their endings."""
@@ -63,7 +66,7 @@ def changes_table(comparison: Comparison, num_top: int) -> Table:
     changes = classes_by_change(comparison.changes) if level == CLASS else top_changes(comparison.changes, num_top)
     which = "Classes, largest rise first" if level == CLASS else f"The {num_top} largest rises and falls of categories"
     return Table(
-        name=name_of(f"changes_{level}", a, b),
+        name=name_of(f"{CHANGES}{level}", a, b),
         caption=f"{which}: shares of the latents of {a} and {b} in percent, difference in points, change with its "
         f"{comparison.confidence:.0%} interval, latents, p of Fisher's exact test, q after Benjamini-Hochberg, and the "
         f"probability that some {level} changes as much by chance alone. {_said(comparison)}",

@@ -1,6 +1,7 @@
 """The settings of the analysis: what counts as a latent of one model, and how it is shown, named and compared."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from analysis.compare_config import CompareConfig, check_compare
 from analysis.llm.config import LlmConfig, check_llm
@@ -189,7 +190,7 @@ def check_analysis(analysis: AnalysisConfig) -> None:
     """Raises BadInput for the first field of the section `analysis` that cannot be used."""
     _check_owner(analysis.owner)
     check_pass(analysis.examples, analysis.intervals, analysis.nulls)
-    if analysis.save_minutes <= 0:
+    if not analysis.save_minutes > 0:  # nan is not
         raise BadInput(f"analysis.save_minutes ({analysis.save_minutes}) must be positive.")
     for name, value in {
         "batch_tokens": analysis.batch_tokens,
@@ -198,6 +199,7 @@ def check_analysis(analysis: AnalysisConfig) -> None:
         "annotate.window": analysis.annotate.window,
         "annotate.max_ngram": analysis.annotate.max_ngram,
         "annotate.context_tokens": analysis.annotate.context_tokens,
+        "taxonomy.most_categories": analysis.taxonomy.most_categories,
         "scoring.positives": analysis.scoring.positives,
         "scoring.negatives": analysis.scoring.negatives,
         "scoring.context_tokens": analysis.scoring.context_tokens,
@@ -220,6 +222,13 @@ def check_analysis(analysis: AnalysisConfig) -> None:
     }.items():
         if not 0 < share < 1:
             raise BadInput(f"analysis.{name} ({share}) must lie between 0 and 1.")
+    for name, seed in {
+        "tags.seed": analysis.tags.seed,
+        "scoring.seed": analysis.scoring.seed,
+        "agreement.seed": analysis.agreement.seed,
+    }.items():
+        if seed < 0:
+            raise BadInput(f"analysis.{name} ({seed}) must not be negative.")
     if analysis.annotate.num_documents > analysis.examples.top_documents:
         raise BadInput(
             f"analysis.annotate.num_documents ({analysis.annotate.num_documents}) exceeds what is stored for a latent, "
@@ -255,13 +264,13 @@ def _check_report(report: ReportConfig) -> None:
 
 def _check_owner(owner: OwnerConfig) -> None:
     bounds = [0.0, owner.delta_norm_low, owner.shared_low, owner.shared_high, owner.delta_norm_high, 1.0]
-    if bounds != sorted(bounds):
+    if not all(low <= high for low, high in pairwise(bounds)):  # nan is in no order
         raise BadInput(
             f"analysis.owner: the limits delta_norm_low ({owner.delta_norm_low}), shared_low ({owner.shared_low}), "
             f"shared_high ({owner.shared_high}) and delta_norm_high ({owner.delta_norm_high}) must ascend from 0 to 1."
         )
     for name in ("max_nu_error", "max_nu_reconstruction", "max_nu_reconstruction_dedicated"):
-        if getattr(owner, name) <= 0:
+        if not getattr(owner, name) > 0:
             raise BadInput(f"analysis.owner.{name} ({getattr(owner, name)}) must be positive, or no latent is owned.")
     if not 0 < owner.duplicate_cosine < 1:
         raise BadInput(f"analysis.owner.duplicate_cosine ({owner.duplicate_cosine}) must lie between 0 and 1.")

@@ -5,8 +5,6 @@ Such a file is a CSV whose first line is category,<model>,<model>...; a row `unc
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +12,18 @@ from pathlib import Path
 from analysis.bootstrap import Units
 from analysis.categories import Category
 from analysis.columns import models_of
+from analysis.csv_files import Line, read_csv
 from analysis.selected import Side, read_selected, side_of, units_of
+from analysis.spelling import did_you_mean
 from extract.errors import BadInput
 
 UNCLASSIFIED = "unclassified"
 CLASS, CATEGORY = "class", "category"
 LEVELS = (CLASS, CATEGORY)
+EXPECTED = "Give a CSV: category,<model>,<model>... and below it a line for each category: name,<count>,<count>..."
+# Latents of one model in a file: the tests are exact sums, made for the latents of a crosscoder.
+MAX_LATENTS = 100_000
+COUNT_LATENTS = "Count a model's own latents, not what they fire on."
 
 
 @dataclass(frozen=True)
@@ -98,53 +102,79 @@ def classes_of(counts: Counts, categories: list[Category]) -> Counts:
 
 def read_counts(path: Path, categories: list[Category]) -> list[Counts]:
     """Counts of a CSV file; where its rows are all categories of the taxonomy, their classes come first."""
-    if not path.is_file():
-        raise BadInput(f"counts ({path}) is not a file. Give a CSV: category,<model>,<model>...")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"counts ({path}) is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
-    rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if any(row)]
-    if not rows or len(rows[0]) < 3 or len(set(rows[0])) < len(rows[0]):
-        raise BadInput(
-            f"counts ({path}): the first line must be category,<model>,<model>... with at least two different models."
-        )
-    models, by_name = rows[0][1:], {}
-    for row in rows[1:]:
-        if row[0] in by_name:
-            raise BadInput(f"counts ({path}): {row[0]!r} occurs twice. Add up its rows.")
-        by_name[row[0]] = [_count(cell, path, row[0]) for cell in row[1:]]
-        if len(row) != len(rows[0]):
-            raise BadInput(f"counts ({path}): row {row[0]!r} has {len(row) - 1} counts for {len(models)} models.")
+    header, *lines = read_csv(path, "counts", EXPECTED) or [Line(1, [])]
+    models = _models(path, header.cells)
+    by_name: dict[str, list[int]] = {}
+    for number, (name, *cells) in lines:
+        where = f"counts ({path}), line {number}"
+        if not name:
+            raise BadInput(f"{where} names no category. {EXPECTED}")
+        if name in by_name:
+            raise BadInput(f"{where}: {name!r} occurs twice. Add up its rows.")
+        if len(cells) != len(models):
+            raise BadInput(f"{where}: row {name!r} has {len(cells)} counts for {len(models)} models.")
+        by_name[name] = [_count(cell, where, name) for cell in cells]
     totals = [sum(column) for column in zip(*by_name.values(), strict=True)] or [0] * len(models)
     for model, total in zip(models, totals, strict=True):
         if total == 0:
             raise BadInput(f"counts ({path}): {model} has no latents. A share needs at least one: remove the column.")
+        if total > MAX_LATENTS:
+            raise BadInput(f"counts ({path}): {model} has {total} latents, more than {MAX_LATENTS}. {COUNT_LATENTS}")
     by_name.pop(UNCLASSIFIED, None)
     if not by_name:
-        raise BadInput(f"counts ({path}): no row names a category. Write a line for each: category,<count>,<count>...")
-    return _levels(Counts(CATEGORY, models, by_name, totals), categories)
+        raise BadInput(f"counts ({path}): no row names a category. {EXPECTED}")
+    return _levels(path, Counts(CATEGORY, models, by_name, totals), categories)
 
 
-def _levels(counts: Counts, categories: list[Category]) -> list[Counts]:
+def _models(path: Path, header: list[str]) -> list[str]:
+    """The models that the first line names. A first line of counts is a file without header, and not read as one."""
+    models = header[1:]
+    numbers = [model for model in models if model.replace(".", "").isdecimal()]
+    if not header or header[0].lower() != CATEGORY or len(set(models)) < max(len(models), 2) or "" in models or numbers:
+        raise BadInput(
+            f"counts ({path}): the first line is {','.join(header)!r}. It must be category,<model>,<model>... with at "
+            "least two different models, by names that are no numbers."
+        )
+    return models
+
+
+def _levels(path: Path, counts: Counts, categories: list[Category]) -> list[Counts]:
     """The counts of a file as what their names are; of all categories of the taxonomy, their classes come first.
 
     A category without a row is one that was looked at too, so that it counts as a test, but its number is unknown, and
-    with it that of its class.
+    with it that of its class. Names of which none is known are those of another taxonomy.
     """
     names, groups = {category.name for category in categories}, {category.group for category in categories}
     given = set(counts.by_name)
     if given <= groups:
         return [replace(counts, level=CLASS, num_tests=len(groups))]
     if not given <= names:
+        _check_foreign(path, list(counts.by_name), names, groups)
         return [counts]
     counts = replace(counts, num_tests=len(names))
     return [classes_of(counts, categories), counts] if given == names else [counts]
 
 
-def _count(cell: str, path: Path, name: str) -> int:
-    if not cell.isdecimal():
+def _check_foreign(path: Path, given: list[str], names: set[str], groups: set[str]) -> None:
+    """BadInput where the taxonomy has some of the names: the others are slips, which would be missing in the tests."""
+    known = [name for name in given if name in names | groups]
+    unknown = [name for name in given if name not in names | groups]
+    if known and unknown:
         raise BadInput(
-            f"counts ({path}): {cell!r} in row {name!r} is not a count. Write whole numbers of latents, not shares."
+            f"counts ({path}): {unknown[0]!r} is not in the taxonomy, which has {known[0]!r}."
+            f"{did_you_mean(unknown[0], names | groups)} Correct it, or name the file's own taxonomy: taxonomy=FILE."
         )
+    if known:
+        one, other = (next(name for name in given if name in some) for some in (groups, names - groups))
+        raise BadInput(
+            f"counts ({path}): {one!r} is a class and {other!r} a category, and a latent is in one of each. Give a "
+            "file of classes or one of categories."
+        )
+
+
+def _count(cell: str, where: str, name: str) -> int:
+    if not cell.isdecimal():
+        raise BadInput(f"{where}: {cell!r} in row {name!r} is not a count. Write whole numbers of latents, not shares.")
+    if len(cell.lstrip("0")) > len(str(MAX_LATENTS)):
+        raise BadInput(f"{where}: {cell[:20]} latents in row {name!r} are more than {MAX_LATENTS}. {COUNT_LATENTS}")
     return int(cell)

@@ -48,19 +48,19 @@ def describe_by_llm(
 ) -> list[Annotation]:
     """The records of (latent, owner) pairs, one for each vote, in order of latent and vote."""
     config, llm = settings.analysis.annotate, settings.analysis.llm
-    examples = {latent: read_examples(database, latent, config.num_documents) for latent, _ in owned}
-    votes = votes_of(llm)
-    questions = {
-        (latent, vote.number): question_of(f"{pair}/{latent}", vote, examples[latent], config, llm)
-        for latent, _ in owned
-        if examples[latent]
-        for vote in votes
-    }
+    votes, questions, num_documents = votes_of(llm), {}, {}
+    for latent, _ in owned:
+        # Documents of one latent at a time: those of thousands are gigabytes, and their questions are not.
+        examples = read_examples(database, latent, config.num_documents)
+        num_documents[latent] = len(examples)
+        for vote in votes if examples else ():
+            questions[latent, vote.number] = question_of(f"{pair}/{latent}", vote, examples, config, llm)
+        del examples
     with Ledger(ledger_path(settings.outputs)) as ledger:
         found = ask(list(questions.values()), validate, llm, ledger)
     answers = dict(zip(questions, found, strict=True))
     return [
-        record_of(latent, owner, vote, len(examples[latent]), answers.get((latent, vote.number)))
+        record_of(latent, owner, vote, num_documents[latent], answers.get((latent, vote.number)))
         for latent, owner in owned
         for vote in votes
     ]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 from analysis.agreeing import judged_documents
 from analysis.annotations import read_annotations
 from analysis.config import AnalysisConfig
+from analysis.examples import reading
 from analysis.judging import unmarked
 from analysis.people import ANSWERS, DOCUMENTS, quoted, told
 from analysis.scoring import trials_of
@@ -38,7 +37,7 @@ def export_documents(sheet: Path, keys: Path, folders: list[Path], analysis: Ana
 
 def excerpt_of(folder: Path, latent: int, document: int, analysis: AnalysisConfig) -> str:
     """The part of a document that the judge saw: trials are drawn alike every time."""
-    with closing(sqlite3.connect(f"file:{folder / 'examples.sqlite'}?mode=ro", uri=True)) as database:
+    with reading(folder) as database:
         trials = trials_of(analysis, database, latent)[DETECTION]
     examples = {trial.example.document: trial.example for trial in trials}
     if document not in examples:

@@ -13,13 +13,15 @@ import csv
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
+
+from analysis.maxima import read_documents_of
 
 # Values of one product (64 MB in float32): so many latents are compared with all others at a time.
 CHUNK_VALUES = 2**24
@@ -69,17 +71,16 @@ def similar(rows_nW: Tensor, limit: float) -> tuple[np.ndarray, np.ndarray, np.n
     return np.concatenate(firsts), np.concatenate(seconds), np.concatenate(cosines)
 
 
-def groups_csv(groups: list[Group], maxima: pa.Table) -> str:
-    """`groups.csv`; of groups whose latents are in the document maxima, also in how many documents any member fires,
+def groups_csv(groups: list[Group], maxima: Path) -> str:
+    """`groups.csv`; of groups whose latents are in the document `maxima`, also in how many documents any member fires,
     and in how many at least two do.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     heading = ["group", "owner", "size", "latents", "cosine_min", "cosine_max", "num_documents", "shared_documents"]
     writer.writerow(heading)
-    latent_g, document_g = maxima["latent"].to_numpy(), maxima["document"].to_numpy()
     for group in groups:
-        _, count = np.unique(document_g[np.isin(latent_g, group.latents)], return_counts=True)
+        _, count = np.unique(read_documents_of(maxima, group.latents), return_counts=True)
         documents = [len(count), int((count > 1).sum())] if len(count) else ["", ""]
         cosines = [f"{group.cosine_min:.6g}", f"{group.cosine_max:.6g}"]
         latents = " ".join(map(str, group.latents))

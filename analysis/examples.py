@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from os import fsync
 from pathlib import Path
@@ -16,11 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from analysis.firings import DocumentFirings
-from analysis.samples import DrawnSamples
+from analysis.json_lines import json_text
+from analysis.samples import NEAR_MISS, DrawnSamples
 from analysis.top_documents import ranks
+from extract.errors import BadInput
 from extract.publish import naming, rename
 from extract.stores import TokenStore
 
+EXAMPLES = "examples.sqlite"
 # A character of UTF-8 has at most this many bytes, and so at most this many tokens.
 MAX_TOKENS_PER_CHARACTER = 4
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -30,7 +34,8 @@ CREATE TABLE documents(
     document INTEGER PRIMARY KEY, doc_id TEXT, source TEXT, tags TEXT, text_tokens TEXT, roles TEXT);
 CREATE TABLE examples(latent INTEGER, rank INTEGER, document INTEGER, max_activation REAL, activations TEXT);
 CREATE TABLE samples(
-    latent INTEGER, kind TEXT, quantile INTEGER, document INTEGER, max_activation REAL, activations TEXT);
+    latent INTEGER, kind TEXT, quantile INTEGER, document INTEGER, max_activation REAL, activations TEXT,
+    position INTEGER);
 """
 
 
@@ -43,7 +48,7 @@ def write_examples(
                                                                     text_tokens an array of strings, roles an array of
                                                                     [role, start, end] of its tokens, end excluded
     examples(latent, rank, document, max_activation, activations)   activations [[position, value], ...]; rank from 0
-    samples(latent, kind, quantile, document, max_activation, activations)      see `Sample`
+    samples(latent, kind, quantile, document, max_activation, activations, position)        see `Sample`
     """
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
@@ -57,7 +62,7 @@ def write_examples(
             documents = (_document_row(i, tokens, pieces) for i in numbers)
             connection.executemany("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?)", documents)
             connection.executemany("INSERT INTO examples VALUES (?, ?, ?, ?, ?)", _example_rows(top))
-            connection.executemany("INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?)", _sample_rows(drawn))
+            connection.executemany("INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?, ?)", _sample_rows(drawn))
             connection.execute("CREATE INDEX examples_latent ON examples(latent, rank)")
             connection.execute("CREATE INDEX samples_latent ON samples(latent, kind)")
             connection.execute("COMMIT")
@@ -71,15 +76,7 @@ def write_examples(
 def _document_row(document: int, tokens: TokenStore, pieces: TokenStrings) -> tuple[int, str, str, str, str, str]:
     found = tokens.document(document)
     strings = pieces.split(found.token_ids.tolist())
-    return document, found.doc_id, found.source, _json(found.tags), _json(strings), _json(found.roles)
-
-
-def _json(value: object) -> str:
-    """JSON that any UTF-8 file can hold: text with lone surrogates is escaped instead of refused."""
-    text = json.dumps(value, ensure_ascii=False)
-    if text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text):
-        return text
-    return json.dumps(value)
+    return document, found.doc_id, found.source, json_text(found.tags), json_text(strings), json_text(found.roles)
 
 
 def _example_rows(top: DocumentFirings) -> Iterator[tuple[int, int, int, float, str]]:
@@ -87,12 +84,16 @@ def _example_rows(top: DocumentFirings) -> Iterator[tuple[int, int, int, float, 
     return zip(*(column.tolist() for column in columns), _activations(top), strict=True)
 
 
-def _sample_rows(drawn: DrawnSamples) -> Iterator[tuple[int, str, int | None, int, float, str]]:
+def _sample_rows(drawn: DrawnSamples) -> Iterator[tuple[int, str, int | None, int, float, str, int | None]]:
     found = drawn.firings
     quantiles = [None if quantile < 0 else quantile for quantile in drawn.quantile_g.tolist()]
     columns = (found.latent_g, drawn.kind_g, quantiles, found.document_g, found.maximum_g)
     lists = (column if isinstance(column, list) else column.tolist() for column in columns)
-    return zip(*lists, _activations(found), strict=True)
+    for row, text, (positions, values) in zip(
+        zip(*lists, strict=True), _activations(found), found.tokens(), strict=True
+    ):
+        best = int(positions[values.argmax()]) if len(positions) else None
+        yield (*row, "[]" if row[1] == NEAR_MISS else text, best)
 
 
 def _activations(firings: DocumentFirings) -> Iterator[str]:
@@ -167,13 +168,20 @@ class Sample(Example):
     """A document drawn at random for a latent, to test a description of it.
 
     `kind`: "activating", it fires there: `quantile` is the stratum of its maximum, 0 the weakest;
-    "silent", it fires nowhere in it; "near_miss", neither, but its largest pre-activation there, `max_activation`, is
-    among the highest that stay below the threshold. `activations` are of firing tokens, so those two have none.
+    "silent", it fires nowhere in it; "near_miss", neither, but its largest pre-activation there, `max_activation` at
+    `position`, is among the highest that stay below the threshold. `activations` are of firing tokens, so those two
+    have none; `position` is None for silent ones, and that of the strongest token for activating ones.
     """
 
     kind: str
     quantile: int | None
     max_activation: float
+    position: int | None = None
+
+
+def reading(folder: Path) -> closing[sqlite3.Connection]:
+    """The examples of an analysis folder, to be read only, whatever characters its path holds."""
+    return closing(sqlite3.connect(f"{(folder / EXAMPLES).resolve().as_uri()}?mode=ro", uri=True))
 
 
 def all_documents(database: sqlite3.Connection) -> Iterator[list[str]]:
@@ -195,10 +203,24 @@ def read_examples(database: sqlite3.Connection, latent: int, limit: int) -> list
     ]
 
 
+def has_samples(database: sqlite3.Connection) -> bool:
+    """Whether documents were drawn for latents, and in this form; earlier versions drew none."""
+    return bool(database.execute("SELECT 1 FROM pragma_table_info('samples') WHERE name = 'position'").fetchone())
+
+
+def check_samples(database: sqlite3.Connection, folder: Path) -> None:
+    """BadInput where the analysis is from before samples were stored with their places."""
+    if not has_samples(database):
+        raise BadInput(
+            f"{folder / EXAMPLES} holds no samples to score descriptions with: it is of an earlier version. "
+            f"Delete {folder / 'latents.json'} and run the analysis again."
+        )
+
+
 def read_samples(database: sqlite3.Connection, latent: int) -> list[Sample]:
     """The documents drawn for a latent: activating ones by quantile, then near misses, then silent ones."""
     rows = database.execute(
-        "SELECT document, text_tokens, activations, kind, quantile, max_activation FROM samples "
+        "SELECT document, text_tokens, activations, kind, quantile, max_activation, position FROM samples "
         "JOIN documents USING (document) WHERE latent = ? ORDER BY kind, quantile, document",
         (latent,),
     )

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from analysis.changes import Change, Comparison
 from analysis.figures import GREY, INK, STYLE, WIDTH, brief
+from analysis.tables import percent
 
 # Ratios beyond this, or its inverse, are arrows: of small counts some are infinite.
 MAX_RATIO = 16.0
 
 
 def forest(comparison: Comparison, colours: dict[str, str]) -> Figure:
-    """Shares with Wilson intervals, differences with Newcombe's and changes with Katz's, by category.
+    """Shares with Wilson intervals, differences with Newcombe's and ratios of the shares with Katz's, by category.
 
-    Categories without a latent in either model are left out. A change is drawn as a ratio on a log scale; an interval
-    that goes on beyond the axis ends in an arrow.
+    Categories without a latent in either model are left out; a star marks those that may be claimed. What goes on
+    beyond the axis of the ratios ends in an arrow.
     """
     changes = [change for change in comparison.changes if change.count_a + change.count_b][::-1]
     rows = np.arange(len(changes))
@@ -31,10 +33,7 @@ def forest(comparison: Comparison, colours: dict[str, str]) -> Figure:
         differences.axvline(0, color=GREY, linewidth=0.6, zorder=0)
         differences.set(xlabel="difference (points)")
         _ratios(ratios, changes, rows)
-        ratios.set(xlabel="change")
-        shares.set_yticks(
-            rows, [f"{brief(change.name, 40)}  {change.count_a} | {change.count_b}" for change in changes]
-        )
+        shares.set_yticks(rows, list(map(_name, changes)))
         shares.set_ylim(-0.6, max(len(changes), 2) - 0.4)
         by = f"; annotator: {comparison.annotator}" if comparison.annotator else ""
         said = f"{brief(comparison.model_b, 30)} against {brief(comparison.model_a, 30)}{by}"
@@ -46,6 +45,26 @@ def forest(comparison: Comparison, colours: dict[str, str]) -> Figure:
         return figure
 
 
+def _name(change: Change) -> str:
+    """A category with its counts, and a star if its difference may be claimed."""
+    return f"{brief(change.name, 40)}  {change.count_a} | {change.count_b}{' *' if change.may_be_claimed else ''}"
+
+
+def forest_caption(comparison: Comparison) -> str:
+    """What the forest plot shows and what it does not."""
+    a, b, level = comparison.model_a, comparison.model_b, percent(comparison.confidence, 0)
+    claimed = sum(change.may_be_claimed for change in comparison.changes)
+    return (
+        f"Own latents of {a} and {b} by {comparison.level}, with the counts {a} | {b}. Left, shares with {level} "
+        f"Wilson intervals. Middle, difference of the shares ({b} - {a}) with Newcombe's. Right, ratio of the shares "
+        f"({b} / {a}, log scale) with Katz's; an arrow: the interval goes on beyond the axis; hollow: a ratio that "
+        "does so itself, as where one of the counts is 0. Each interval is of its row alone and not corrected for the "
+        "number of rows, so one that excludes no difference is no test. The test is Fisher's with Benjamini-Hochberg's "
+        "correction over all rows, repeated over near-duplicates and votes; a star marks what may be claimed: "
+        f"{claimed or 'none'} of {len(comparison.changes)}."
+    )
+
+
 def _shares(
     axes: Axes, comparison: Comparison, changes: list[Change], rows: np.ndarray, colours: dict[str, str]
 ) -> None:
@@ -53,7 +72,7 @@ def _shares(
         colour = colours.get(model, INK)
         _interval_rows(axes, *_percent(changes, f"share_{side}"), rows + shift, colour, brief(model, 40))
     axes.set(xlabel="share of own latents (%)")
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=-0.03 * axes.get_xlim()[1])  # points at 0 % keep off the names
 
 
 def _percent(changes: list[Change], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -73,25 +92,25 @@ def _interval_rows(
 
 
 def _ratios(axes: Axes, changes: list[Change], rows: np.ndarray) -> None:
-    """Changes as ratios of the shares; what lies beyond the axis is an arrow at its end."""
+    """Ratios of the shares; what lies beyond the axis is an arrow at its end, hollow if it is the ratio itself."""
     axes.axvline(1, color=GREY, linewidth=0.6, zorder=0)
     for row, change in zip(rows, changes, strict=True):
         centre, low, high = (1 + value for value in (change.change, change.change_low, change.change_high))
-        if not low < high:  # NaN: a model without latents
+        if math.isnan(centre):  # a model without latents
             continue
-        shown = np.clip([low, high], 1 / MAX_RATIO, MAX_RATIO)
-        axes.hlines(row, *shown, color=INK, linewidth=1)
-        for end, beyond, marker in ((0, low < 1 / MAX_RATIO, "<"), (1, high > MAX_RATIO, ">")):
-            if beyond:
-                axes.plot(shown[end], row, marker, color=INK, markersize=3, clip_on=False)
+        if low < high:
+            shown = np.clip([low, high], 1 / MAX_RATIO, MAX_RATIO)
+            axes.hlines(row, *shown, color=INK, linewidth=1)
+        for end, marker, beyond, is_centre in (
+            (1 / MAX_RATIO, "<", low < 1 / MAX_RATIO, centre < 1 / MAX_RATIO),
+            (MAX_RATIO, ">", high > MAX_RATIO, centre > MAX_RATIO),
+        ):
+            if beyond or is_centre:
+                fill = "white" if is_centre else INK
+                axes.plot(end, row, marker, color=INK, markersize=4, markerfacecolor=fill, clip_on=False)
         if 1 / MAX_RATIO <= centre <= MAX_RATIO:
             axes.plot(centre, row, "o", color=INK, markersize=3.2)
     axes.set_xscale("log", base=2)
-    axes.set(xlim=(1 / MAX_RATIO, MAX_RATIO), xticks=[1 / 8, 1, 8])
+    axes.set(xlim=(0.8 / MAX_RATIO, MAX_RATIO / 0.8), xlabel="ratio (log scale)")
+    axes.set_xticks([1 / 8, 1, 8], ["1/8", "1", "8"])
     axes.minorticks_off()
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: percent_change(ratio)))
-
-
-def percent_change(ratio: float) -> str:
-    """2.0 -> "+100 %", 0.5 -> "−50 %", 1.0 -> "0"."""
-    return "0" if ratio == 1 else f"{100 * (ratio - 1):+.0f}\u2009%".replace("-", "−")

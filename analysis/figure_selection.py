@@ -19,20 +19,42 @@ from matplotlib.ticker import FuncFormatter
 
 from analysis.columns import Columns
 from analysis.config import OwnerConfig
-from analysis.figures import COLUMN, GREY, INK, LIGHT, STYLE, WIDTH, brief
+from analysis.figures import COLUMN, GREY, INK, STYLE, WIDTH, brief
 from analysis.null_ranges import NullRange
 
 # The part of both nu that is drawn; latents outside are counted in the title.
-NU_LOW, NU_HIGH = -0.5, 1.5
+NU_LOW, NU_HIGH = -0.8, 1.5
 DOTS: Any = {"s": 3.0, "linewidths": 0.0, "rasterized": True}
 # More marks than this are an image within the figure: thousands of outlines are megabytes that look the same.
 MAX_VECTOR_MARKS = 300
 MARKS: Any = {"s": 11.0, "linewidths": 0.3, "edgecolors": "white"}
 
+SHARED = "#b0b0b0"
 RANDOM = "random_direction"
 NULL_COLOURS = {RANDOM: INK, "shared": "#7b3294"}
 
 Colours = dict[str, str]
+
+
+NU_CAPTION = (
+    "ν error against ν reconstruction of all living latents, one panel for each model as focus: the model's own "
+    "latents in its colour (circles free, diamonds dedicated), all others grey. Solid box: thresholds of free "
+    "latents, dotted: of dedicated ones. Crosses: median and 5 to 95 % quantiles of random directions and of latents "
+    "that Δ-norm calls shared."
+)
+
+
+def caption_of(owner: OwnerConfig) -> str:
+    """What Figure 1 shows, with its thresholds."""
+    return (
+        "How latents of one model are found. a, Δ-norm of all living latents by owner; the outlines overlap, each "
+        f"starts at 0 (log scale); thresholds {owner.delta_norm_low} and {owner.delta_norm_high} dashed. b, ν error "
+        "and ν reconstruction of the candidates by Δ-norm with their own model as focus: those that pass strong, the "
+        "others faint, shared latents grey (the tuned model as focus); cross: median and 5 to 95 % quantiles of "
+        f"random directions. Solid box: |ν error| < {owner.max_nu_error} and |ν reconstruction| < "
+        f"{owner.max_nu_reconstruction}; dotted: < {owner.max_nu_reconstruction_dedicated} for dedicated latents. c, "
+        "candidates that are left after every condition; the last bar of a model is its own latents."
+    )
 
 
 def figure_one(
@@ -44,7 +66,7 @@ def figure_one(
         panels = figure.subplots(1, 3, width_ratios=[1.15, 1.1, 1])
         for axes, letter, fill in zip(panels, "abc", PANELS.values(), strict=True):
             fill(axes, latents, models, colours, owner)
-            axes.set_title(letter, fontweight="bold", fontsize=9)
+            axes.set_title(letter, fontweight="bold", fontsize=9, x=-0.1)
         _add_random_directions(panels[1], nulls, models)
         return figure
 
@@ -74,37 +96,43 @@ def _add_random_directions(axes: Axes, nulls: Sequence[NullRange], models: list[
 
 
 def delta_norm_panel(axes: Axes, latents: Columns, models: list[str], colours: Colours, owner: OwnerConfig) -> None:
-    """How many latents have which Delta-norm, on a log scale, by owner."""
+    """How many latents have which Delta-norm, on a log scale, by owner: outlines that all start at 0.
+
+    Stacks have no meaning on a log scale, where all but the lowest part would shrink to a line.
+    """
     parts = {
-        "other": (latents["owner"] == "other", LIGHT),
-        "shared": (latents["owner"] == "shared", GREY),
+        "other": (latents["owner"] == "other", GREY),
+        "shared": (latents["owner"] == "shared", SHARED),
         **{f"{brief(model)}-only": (latents["owner"] == model, colours[model]) for model in models},
     }
-    axes.hist(
-        [latents["delta_norm"][mask] for mask, _ in parts.values()],
-        bins=np.linspace(0, 1, 51).tolist(),
-        stacked=True,
-        color=[colour for _, colour in parts.values()],
-        label=[f"{name} ({mask.sum():,})" for name, (mask, _) in parts.items()],
-    )
+    edges, counts = np.linspace(0, 1, 51), {}
+    for name, (mask, colour) in parts.items():
+        counts[name], _ = np.histogram(latents["delta_norm"][mask], edges)
+        is_own = name not in ("other", "shared")
+        label = f"{name} ({mask.sum():,})"
+        drawn = np.where(counts[name] > 0, counts[name], np.nan)  # no line along 0
+        axes.stairs(drawn, edges, baseline=0, color=colour, linewidth=1.2 if is_own else 0.8, label=label)
+        if is_own:
+            axes.stairs(drawn, edges, baseline=0, color=colour, alpha=0.35, fill=True)
     axes.set_yscale("symlog", linthresh=1)
     first, second = map(brief, models)
-    is_long = len(first + second) > 16
-    separator = "\n" if is_long else " "
-    axes.set(xlabel=f"Δ-norm (0: {first} only,{separator}1: {second} only)", ylabel="latents", xlim=(0, 1))
-    top = axes.get_ylim()[1]
-    axes.set_ylim(0, (2000 if is_long else 30) * top)  # room for the legend
+    separator = "\n" if len(first + second) > 16 else " "
+    axes.set(xlabel=f"Δ-norm (0: {first} only,{separator}1: {second} only)", ylabel="latents", xlim=(-0.01, 1.01))
+    axes.set_ylim(0, 1.5 * max(1, *(int(count_b.max()) for count_b in counts.values())))
     for edge in (owner.delta_norm_low, owner.delta_norm_high):
-        axes.axvline(edge, 0, 0.6 if is_long else 0.78, color=INK, linewidth=0.5, linestyle=(0, (3, 3)))
-    axes.set_yticks([tick for tick in (0, 1, 10, 100, 1000, 10_000, 100_000) if tick <= 2 * top])
+        axes.axvline(edge, color=INK, linewidth=0.5, linestyle=(0, (3, 3)))
+    top = axes.get_ylim()[1]
+    axes.set_yticks([tick for tick in (0, 1, 10, 100, 1000, 10_000, 100_000) if tick <= top])
+    axes.minorticks_off()
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.legend(
-        loc="upper center",
-        ncols=1 if is_long else 2,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=1 if separator == "\n" else 2,
         columnspacing=0.8,
         handlelength=0.8,
         handletextpad=0.4,
-        borderaxespad=0,
+        borderaxespad=0.1,
     )
 
 
@@ -116,7 +144,7 @@ def candidates_panel(axes: Axes, latents: Columns, models: list[str], colours: C
         outside += _dots(axes, latents, model, candidate & ~own, colours[model], None)
         label = f"{brief(model)}: {own.sum():,} of {candidate.sum():,}"
         outside += _marks(axes, latents, model, own, "o", colours[model], label)
-    _frame(axes, owner, f"{outside:,} outside" if outside else "")
+    _frame(axes, owner, f"{outside:,} latents beyond the axes" if outside else "")
     axes.set(ylabel="ν reconstruction (decoupling →)", xlabel="ν error (shrinkage →)")
     axes.set_ylim(top=NU_HIGH + 0.6)  # room for the legend, which comes last
 
@@ -192,7 +220,7 @@ def _focus_panel(axes: Axes, latents: Columns, focus: str, colour: str, owner: O
             colour,
             f"{brief(focus, 30)}-only, {name} ({(own & mask).sum():,})",
         )
-    _frame(axes, owner, f"focus {brief(focus, 30)}" + (f" ({outside:,} latents outside)" if outside else ""))
+    _frame(axes, owner, f"focus {brief(focus, 30)}" + (f" ({outside:,} latents beyond the axes)" if outside else ""))
     axes.set_xlabel("ν error (complete shrinkage →)")
 
 
@@ -248,4 +276,4 @@ def _frame(axes: Axes, owner: OwnerConfig, title: str) -> None:
     axes.set(
         xlim=(NU_LOW, NU_HIGH), ylim=(NU_LOW, NU_HIGH), xticks=[-0.5, 0, 0.5, 1, 1.5], yticks=[-0.5, 0, 0.5, 1, 1.5]
     )
-    axes.set_title(title, loc="right" if title.endswith("outside") else "left", fontsize=7 if title else None)
+    axes.set_title(title, loc="right" if title.endswith("axes") else "left", fontsize=7 if title else None)

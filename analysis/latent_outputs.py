@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from analysis.columns import members_of
-from analysis.config import AnalysisConfig, OwnerConfig
+from analysis.config import NOT_MODELS, AnalysisConfig, OwnerConfig
 from analysis.duplicates import find_groups, groups_csv
 from analysis.intervals import nu_intervals
 from analysis.latent_pass import LatentPass
@@ -52,7 +52,7 @@ def write_outputs(
     ]
     publish(folder / NULLS, nulls_csv(null_rows(nulls, crosscoder.models, config.owner)).encode())
     group_L, groups = find_groups(owner_L, rows_by_owner(W_dec_LMD, owner_L, crosscoder), config.owner.duplicate_cosine)
-    publish(folder / GROUPS, groups_csv(groups, pq.read_table(folder / MAXIMA)).encode())
+    publish(folder / GROUPS, groups_csv(groups, folder / MAXIMA).encode())
     table = latent_table(done.activity, scaling, crosscoder, owner_L, group_L, config.owner)
     with publishing(folder / LATENTS) as file:
         about = {**table.schema.metadata, b"share_dropped": str(share_dropped).encode()}
@@ -71,7 +71,7 @@ def shared_null(scaling: Scaling, crosscoder: Crosscoder, owner: OwnerConfig) ->
 def rows_by_owner(W_dec_LMD: Tensor, owner_L: np.ndarray, crosscoder: Crosscoder) -> dict[str, Tensor]:
     """For every owner that is some models but not all: the decoder rows of these, side by side, of its latents."""
     models, rows = crosscoder.models, {}
-    for owner in sorted(set(owner_L.tolist()) - {"shared", "other", "dead"}):
+    for owner in sorted(set(owner_L.tolist()) - set(NOT_MODELS)):
         members = torch.tensor([models.index(member) for member in members_of(owner, models)])
         latents = torch.from_numpy(np.flatnonzero(owner_L == owner))
         rows[owner] = W_dec_LMD[latents.to(W_dec_LMD.device)[:, None], members.to(W_dec_LMD.device)].flatten(1)

@@ -8,7 +8,8 @@ the default settings, 10 kinds and sources and f = 10 firing tokens in a top doc
     sums of latent scaling 8 * 64 * L * 9               528 MB      `scaling.ScalingSums`
     counts, histograms     8 * L * (4 + 24 + 10)         35 MB      `activity.Activity`
     top documents          L * 20 * (24 + 8 f)          239 MB      `top_documents.TopDocuments`, twice while sorted
-    samples                80 MB for 10,000 latents that a model may own, 0.9 GB if all may       `samples.Samples`
+    samples                L * (50 * (24 + 8 f) + 25 * 32 + 2,048)      923 MB      `samples.Samples`, of all latents;
+                           80 MB of 10,000 (analysis.examples.sampled=held)
     a batch of 2,048       activations, targets 0.3 GB, chunks of the encoder 64 MB, sums of rows 256 MB
 
 and as much again as the sums, counts and documents take, while a state is saved.
@@ -52,8 +53,8 @@ class Resumable(Protocol):
 class LatentPass:
     """What is gathered, and how a batch is added to it.
 
-    `owned_L` masks the latents that one model may own, whose document maxima are kept, `sampled_L` those that some of
-    the models may own, for which documents are drawn.
+    `owned_L` masks the latents that one model may own, whose document maxima are kept, `sampled_L` those for which
+    documents are drawn.
     """
 
     def __init__(
@@ -126,7 +127,8 @@ class LatentPass:
         self.top.add(firings)
         self.samples.add(firings)
         is_first_d = is_first_n[document_d]
-        self.samples.add_maxima(self._pre_activations.maxima()[is_first_d], document_d[is_first_d], firings)
+        value_dH, position_dH = self._pre_activations.maxima()
+        self.samples.add_maxima(value_dH[is_first_d], position_dH[is_first_d], document_d[is_first_d], firings)
 
     def save(self) -> None:
         """The next pass of the same identity goes on here."""
@@ -143,5 +145,5 @@ def _under(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 def state_folder(folder: Path) -> Path:
-    """Where the pass that fills `folder` keeps its state."""
+    """Where the passes that fill `folder` keep their states."""
     return folder / "pass"

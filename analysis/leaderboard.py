@@ -10,13 +10,13 @@ the category or class of the taxonomy that a leaderboard category is set beside;
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
 import math
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
+from analysis.csv_files import Line, read_csv
+from analysis.spelling import did_you_mean
 from extract.errors import BadInput
 
 NEEDED, OPTIONAL = ("category", "model", "elo"), ("elo_low", "elo_high", "style_control", "taxonomy")
@@ -55,7 +55,7 @@ def read_leaderboard(path: Path, mapping: dict[str, str], names: list[str]) -> L
     """The CSV at `path`; `names` are the categories and classes that its categories can stand beside."""
     ratings: dict[tuple[str, bool], dict[str, Elo]] = {}
     name_of: dict[str, str] = {}
-    for number, row in enumerate(_rows(path), 2):
+    for number, row in _rows(path):
         where = f"leaderboard ({path}), line {number}"
         category, model = row["category"], row["model"]
         style = row.get("style_control", "").lower()
@@ -74,27 +74,19 @@ def read_leaderboard(path: Path, mapping: dict[str, str], names: list[str]) -> L
     return Leaderboard(path, ratings, _checked_names(board, mapping, names))
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        raise BadInput(f"leaderboard ({path}) is not a file. Give a CSV: {','.join(NEEDED + OPTIONAL)}.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"leaderboard ({path}) is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
-    reader = csv.DictReader(io.StringIO(text), restval="")
-    header = [name.strip() for name in reader.fieldnames or []]
+def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """The rows by the names of the first line, each with its line number; missing cells at its end are empty."""
+    (_, header), *lines = read_csv(path, "leaderboard", f"Give a CSV: {','.join(NEEDED + OPTIONAL)}.") or [Line(1, [])]
     unknown = [name for name in header if name not in NEEDED + OPTIONAL]
     if unknown or not set(NEEDED) <= set(header) or len(set(header)) < len(header):
         raise BadInput(
             f"leaderboard ({path}): the first line is {','.join(header) or 'empty'}. It must name {', '.join(NEEDED)} "
             f"and may name {', '.join(OPTIONAL)}, each once."
         )
-    reader.fieldnames = header
-    rows = list(reader)
-    for number, row in enumerate(rows, 2):
-        if None in row:
+    for number, cells in lines:
+        if len(cells) > len(header):
             raise BadInput(f"leaderboard ({path}), line {number} has more than {len(header)} cells. Quote its commas.")
-    return [{name: cell.strip() for name, cell in row.items()} for row in rows if any(row.values())]
+    return [(number, dict(zip_longest(header, cells, fillvalue=""))) for number, cells in lines]
 
 
 def _elo(row: dict[str, str], where: str) -> Elo:
@@ -104,7 +96,7 @@ def _elo(row: dict[str, str], where: str) -> Elo:
         raise BadInput(f"{where}: {error}. Write ratings as numbers.") from error
     if not math.isfinite(elo):
         raise BadInput(f"{where}: elo ({row['elo']}) must be a number.")
-    if math.isnan(low) != math.isnan(high) or low > elo or high < elo:
+    if math.isnan(low) != math.isnan(high) or math.isinf(low) or math.isinf(high) or low > elo or high < elo:
         raise BadInput(f"{where}: elo_low ({low:g}) and elo_high ({high:g}) must enclose elo ({elo:g}), or be empty.")
     return Elo(elo, low, high)
 
@@ -118,10 +110,9 @@ def _checked_names(board: Leaderboard, mapping: dict[str, str], names: list[str]
             )
     for category, name in board.name_of.items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "Name a category or class of it."
+            hint = did_you_mean(name, names, " Name a category or class of it.")
             raise BadInput(
-                f"leaderboard ({board.path}): {category!r} is set beside {name!r}, which the taxonomy lacks. {hint}"
+                f"leaderboard ({board.path}): {category!r} is set beside {name!r}, which the taxonomy lacks.{hint}"
             )
     same = {name.casefold(): name for name in names}
     equal = {c: same[c.casefold()] for c in board.categories if c.casefold() in same}

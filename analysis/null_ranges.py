@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
+
+from analysis.optional_files import read_optional
 
 NULLS = "nulls.csv"
 # 5 %, 50 % and 95 % quantiles.
@@ -26,13 +27,12 @@ def read_nulls(folder: Path) -> list[NullRange]:
     """The nulls of an analysis folder; none of an analysis without them, and none that holds no latents."""
     if not (folder / NULLS).is_file():
         return []
-    with (folder / NULLS).open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["q50"]]
+    rows = [row for row in read_optional(folder / NULLS)[1] if row["q05"] and row["q50"] and row["q95"]]
     found = {(row["null"], row["focus"], row["other"], row["measure"]): _quantiles(row) for row in rows}
     return [
         NullRange(name, focus, other, error, found[name, focus, other, "nu_reconstruction"])
         for (name, focus, other, measure), error in found.items()
-        if measure == "nu_error"
+        if measure == "nu_error" and (name, focus, other, "nu_reconstruction") in found
     ]
 
 

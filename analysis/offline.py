@@ -26,11 +26,14 @@ FRAGMENT_WORDS = 12
 def describe_offline(
     database: sqlite3.Connection, owned: list[tuple[int, str]], config: AnnotateConfig
 ) -> list[Annotation]:
-    """The records of (latent, owner) pairs."""
-    examples = {latent: read_examples(database, latent, config.num_documents) for latent, _ in owned}
-    candidates = {ngram for shown in examples.values() for ngram in candidates_of(shown, config)}
+    """The records of (latent, owner) pairs. Documents are read twice, those of one latent at a time."""
+    candidates = {ngram for latent, _ in owned for ngram in candidates_of(_shown(database, latent, config), config)}
     background = count_background(all_documents(database), candidates, config.max_ngram)
-    return [describe(latent, owner, examples[latent], background, config) for latent, owner in owned]
+    return [describe(latent, owner, _shown(database, latent, config), background, config) for latent, owner in owned]
+
+
+def _shown(database: sqlite3.Connection, latent: int, config: AnnotateConfig) -> list[Example]:
+    return read_examples(database, latent, config.num_documents)
 
 
 def describe(

@@ -13,12 +13,15 @@ import jinja2
 from markupsafe import Markup
 
 from analysis import behaviours, figures, tables
-from analysis.cards import anchor_of
+from analysis.cards import Card, anchor_of
 from analysis.config import AnalysisSettings
 from analysis.payload import Payload, payload_of
 from analysis.report_pairs import Pair
 from extract.config import split_member
 from extract.manifest import provenance
+
+# Bytes of what stands around cards only where there are some: filters and notes.
+WITH_CARDS = 6000
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,10 @@ class Read:
 
 def render(settings: AnalysisSettings, pairs: list[Pair], context: dict[str, Any], colours: dict[str, str]) -> str:
     """The page, `context` being what the sections show. Its size is at most `analysis.report.max_megabytes`, unless
-    the figures and tables alone are more.
+    the figures and tables alone are more, which it says.
     """
     config = settings.analysis.report
-    cards = [card for pair in pairs for card in pair.cards]
+    cards = in_order(pairs)
     first = {anchor_of(row.pair, row.latent) for row in context["measured"] if row.found and row.latent is not None}
     script, style = _part("report.js"), _part("report.css")
     shown: dict[str, Any] = {
@@ -44,6 +47,7 @@ def render(settings: AnalysisSettings, pairs: list[Pair], context: dict[str, Any
         "pairs": pairs,
         "num_models": max(len(pair.models) for pair in pairs),
         "anchors": {card.anchor for card in cards},
+        "num_by_hand": sum(card.human is not None for card in cards),
         "anchor_of": anchor_of,
         "split_member": split_member,
         "colours": {owner: figures.INK for pair in pairs for owner in pair.num_own} | colours,
@@ -54,6 +58,7 @@ def render(settings: AnalysisSettings, pairs: list[Pair], context: dict[str, Any
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "style": Markup(style),
+        "oversize": None,
         **context,
     }
     template = _environment().get_template("report.html.j2")
@@ -64,9 +69,22 @@ def render(settings: AnalysisSettings, pairs: list[Pair], context: dict[str, Any
     def colour_of(owner: str) -> str:
         return rgb(shown["colours"][owner])
 
-    empty = len(page(payload_of([], set(), colour_of, 0)).encode())
-    budget = int(config.max_megabytes * 1e6) - empty - 1000
+    empty = len(page(payload_of([], set(), colour_of, 0)).encode("utf-8", errors="backslashreplace"))
+    budget = int(config.max_megabytes * 1e6) - empty - WITH_CARDS
+    if budget < 0:
+        shown["oversize"] = empty / 1e6
+        print(
+            f"report: without any card the page is {empty / 1e6:.1f} MB, more than "
+            f"analysis.report.max_megabytes={config.max_megabytes:g}. Raise it to have cards."
+        )
     return page(payload_of(cards, first, colour_of, budget))
+
+
+def in_order(pairs: list[Pair]) -> list[Card]:
+    """All cards, the most exclusive first; those of the bases, which tuning lost and did not add, after the others."""
+    bases = {pair.name: pair.models[0] for pair in pairs}
+    cards = [card for pair in pairs for card in pair.cards]
+    return sorted(cards, key=lambda c: (c.owner == bases[c.pair], abs(c.nu_error) + abs(c.nu_reconstruction)))
 
 
 def _braced(folder: str, pairs: list[str], name: str) -> list[str]:
@@ -97,9 +115,21 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=tables.number, percent=tables.percent, probability=tables.probability, spoken=behaviours.spoken, rgb=rgb
+        number=tables.number,
+        bounded=tables.bounded,
+        percent=tables.percent,
+        probability=tables.probability,
+        spoken=behaviours.spoken,
+        rgb=rgb,
+        public=public,
+        file_name=lambda path: Path(path).name,
     )
     return environment
+
+
+def public(name: str) -> str:
+    """The name of a model as others know it; of a model in a folder, the folder's name alone."""
+    return Path(name).name if name.startswith(("/", ".", "~")) or Path(name).is_dir() else name
 
 
 def _part(name: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from analysis import permutation, statistics
 from analysis.bootstrap import Units, bootstrap, units_of_counts
-from analysis.changes import NAN, Basis, Change, Comparison, Fourfold, Tests, change_of
+from analysis.changes import NAN, Basis, Change, Comparison, Fourfold, PValues, change_of
 from analysis.claims import caveat_of, claim_of, may_be_claimed, sentence_of
 from analysis.compare_config import CompareConfig
 from analysis.counts import Counts
@@ -98,7 +98,7 @@ def _permuted(
     return np.array(rows, dtype=float), dealt
 
 
-def _tests(pairs: list[Pair], num_names: int) -> list[list[Tests]]:
+def _tests(pairs: list[Pair], num_names: int) -> list[list[PValues]]:
     """The tests of every name of every pair, corrected together."""
     fisher = [[_fisher(table) for table in pair.tables] for pair in pairs]
     clusters = [
@@ -109,7 +109,7 @@ def _tests(pairs: list[Pair], num_names: int) -> list[list[Tests]]:
     unseen = [1.0] * sum(num_names - len(row) for row in fisher)
     q, q_clusters = (iter(statistics.benjamini_hochberg([*chain(*rows), *unseen])) for rows in (fisher, clusters))
     return [
-        [Tests(p, next(q), p_clusters, next(q_clusters)) for p, p_clusters in zip(*rows, strict=True)]
+        [PValues(p, next(q), p_clusters, next(q_clusters)) for p, p_clusters in zip(*rows, strict=True)]
         for rows in zip(fisher, clusters, strict=True)
     ]
 
@@ -118,7 +118,7 @@ def _fisher(table: Fourfold) -> float:
     return statistics.fisher(*table) if table[1] and table[3] else 1.0
 
 
-def _comparison(counts: Counts, pair: Pair, tests: list[Tests], family: Family, config: CompareConfig) -> Comparison:
+def _comparison(counts: Counts, pair: Pair, tests: list[PValues], family: Family, config: CompareConfig) -> Comparison:
     a, b = pair.columns
     models, totals = (counts.models[a], counts.models[b]), (counts.totals[a], counts.totals[b])
     basis, changes = _basis(counts, pair), _changes(list(counts.by_name), pair, tests, family, config)
@@ -131,6 +131,7 @@ def _comparison(counts: Counts, pair: Pair, tests: list[Tests], family: Family, 
         global_p=permutation.homogeneity(pair.observed_2C, pair.dealt_R2C),
         claim="",
         confidence=config.confidence,
+        alpha=config.alpha,
         annotator=counts.annotator,
         caveat=caveat_of(basis, totals, models),
         num_names=family.num_names,
@@ -156,7 +157,7 @@ def _basis(counts: Counts, pair: Pair) -> Basis:
     )
 
 
-def _changes(names: list[str], pair: Pair, tests: list[Tests], family: Family, config: CompareConfig) -> list[Change]:
+def _changes(names: list[str], pair: Pair, tests: list[PValues], family: Family, config: CompareConfig) -> list[Change]:
     """The changes of all names, what may be claimed of them still open."""
     resampled = bootstrap(*pair.units, len(names), config.resamples, config.confidence, config.seed)
     chances = [NAN] * len(names)

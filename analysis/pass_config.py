@@ -4,6 +4,11 @@ from dataclasses import dataclass
 
 from extract.errors import BadInput
 
+# Latents that documents can be drawn for.
+SAMPLED = ("all", "held")
+# Groups times latents are numbered in int32.
+MOST_GROUPS = 1024
+
 
 @dataclass
 class ExamplesConfig:
@@ -13,12 +18,15 @@ class ExamplesConfig:
     top_documents: int = 20
     # Strata of equal size that a latent's activating documents are cut into by their maximum.
     num_quantiles: int = 10
-    # Documents drawn from each of them, for every latent that its decoder norms allow some of the models to own.
+    # Documents drawn from each of them.
     samples_per_quantile: int = 5
-    # Documents drawn for these latents among those in which they never fire.
+    # Documents drawn among those in which a latent never fires.
     num_silent: int = 25
-    # Documents kept for them in which they do not fire, and come nearest to it.
+    # Documents kept in which a latent does not fire, and comes nearest to it.
     num_near_miss: int = 25
+    # Latents that documents are drawn for: "all" (about 8 kB of memory each), or "held", those that their decoder norms
+    # allow some of the models, but not all, to own.
+    sampled: str = "all"
     # Seed of the drawing.
     seed: int = 0
 
@@ -27,7 +35,7 @@ class ExamplesConfig:
 class IntervalsConfig:
     """Bootstrap intervals of nu over documents."""
 
-    # Groups of documents that are resampled. Sums take 8 * groups * num_latents * (2 + 2 * num_models^2) bytes.
+    # Groups of documents that are resampled. Sums take 8 * groups * num_latents * (1 + 2 * num_models^2) bytes.
     groups: int = 64
     # Bootstrap resamples.
     resamples: int = 500
@@ -58,8 +66,18 @@ def check_pass(examples: ExamplesConfig, intervals: IntervalsConfig, nulls: Null
         ("intervals.groups", intervals.groups, 2),
         ("intervals.resamples", intervals.resamples, 1),
         ("nulls.num_latents", nulls.num_latents, 1),
+        ("examples.seed", examples.seed, 0),
+        ("intervals.seed", intervals.seed, 0),
+        ("nulls.seed", nulls.seed, 0),
     ):
         if value < least:
             raise BadInput(f"analysis.{name} ({value}) must be at least {least}.")
+    if intervals.groups > MOST_GROUPS:
+        raise BadInput(
+            f"analysis.intervals.groups ({intervals.groups}) must be at most {MOST_GROUPS}: sums are kept of every "
+            "group and latent, and 64 groups give good intervals."
+        )
+    if examples.sampled not in SAMPLED:
+        raise BadInput(f'analysis.examples.sampled ({examples.sampled}) must be "all" or "held".')
     if not 0 < intervals.confidence < 1:
         raise BadInput(f"analysis.intervals.confidence ({intervals.confidence}) must lie between 0 and 1.")

@@ -107,6 +107,7 @@ def packed(card: Card) -> dict[str, Any]:
         "frequency": short(card.frequency),
         "max": short(card.max_activation),
         "dedicated": card.dedicated,
+        "certainty": card.certainty,
         "histogram": card.histogram and [short(card.histogram.lowest), card.histogram.counts],
         "shares": [[name, short(share, 2)] for name, share in card.shares.items()],
         "twins": card.twins,

@@ -3,22 +3,20 @@
     unit=latents    documents of a latent with marked tokens: which category?
     unit=documents  a description and one document of a detection question: does the latent fire in it?
 
-outputs/STUDY/analysis/people/UNIT/<sheet>.key.csv    which id stands for what
-outputs/STUDY/analysis/people/UNIT/<who>.csv          what a person said: of which unit, and the answer
+outputs/STUDY/analysis/people/UNIT/<sheet>.<hash>.key.csv    which id stands for what
+outputs/STUDY/analysis/people/UNIT/<who>.csv                 what a person said: of which unit, and the answer
 """
 
 from __future__ import annotations
 
 import csv
-import sqlite3
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from pathlib import Path
 
 from analysis.annotations import Annotation
 from analysis.categories import OTHER, Category
 from analysis.config import AgreementConfig
-from analysis.examples import Example, read_examples
+from analysis.examples import Example, read_examples, reading
 from analysis.excerpts import Span, spans_of
 from analysis.sheets import KEY, Filled, Named, as_csv, sample, write_sheet
 from extract.publish import publish
@@ -56,14 +54,14 @@ def export_latents(
     padded = {identity: texts + [""] * (len(header) - len(texts)) for identity, texts in rows.items()}
     names = [[category.name, category.group, category.description] for category in categories]
     names.append([OTHER, OTHER, "None of the above."])
-    publish(sheet.with_suffix(".categories.csv"), as_csv(["category", "class", "description"], names))
     write_sheet(sheet, ANSWERS[LATENTS], header, padded, keys, key)
+    publish(sheet.with_suffix(".categories.csv"), as_csv(["category", "class", "description"], names))
     return len(key)
 
 
 def documents_of(folder: Path, latent: int, config: AgreementConfig) -> list[str]:
     """The top documents of a latent around their strongest activation."""
-    with closing(sqlite3.connect(f"file:{folder / 'examples.sqlite'}?mode=ro", uri=True)) as database:
+    with reading(folder) as database:
         examples = read_examples(database, latent, config.documents_per_latent)
     return [quoted(example, config.context_tokens) for example in examples]
 
@@ -85,18 +83,23 @@ def told(annotation: Annotation) -> str:
     return f"“{' – '.join(part for part in parts if part)}”"
 
 
-def write_said(path: Path, filled: Iterable[Filled]) -> None:
-    """What one person said."""
-    rows = [[*row.named, row.answer or ""] for row in filled]
-    names = [f"part_{number}" for number in range(1, len(rows[0]))]
-    publish(path, as_csv([*names, "answer"], rows))
+def add_said(path: Path, filled: Iterable[Filled]) -> int:
+    """Adds what one person said to what this person said before; returns of how many units that is an answer.
+
+    The newest answer of a unit counts; where a cell is left empty, an earlier answer stays.
+    """
+    before = _read_said(path) if path.exists() else {}
+    said = before | {row.named: row.answer or before.get(row.named) for row in filled}
+    names = [f"part_{number}" for number in range(1, len(next(iter(said))) + 1)]
+    publish(path, as_csv([*names, "answer"], [[*named, answer or ""] for named, answer in said.items()]))
+    return sum(answer is not None for answer in said.values())
+
+
+def _read_said(path: Path) -> dict[Named, str | None]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return {tuple(named): answer or None for *named, answer in list(csv.reader(file))[1:]}
 
 
 def read_said(folder: Path) -> dict[str, dict[Named, str | None]]:
     """What every person said of each unit, by the person's name; `folder` is that of the unit."""
-    found: dict[str, dict[Named, str | None]] = {}
-    for path in sorted(folder.glob("*.csv")):
-        if not path.name.endswith(KEY):
-            with path.open(encoding="utf-8", newline="") as file:
-                found[path.stem] = {tuple(named): answer or None for *named, answer in list(csv.reader(file))[1:]}
-    return found
+    return {path.stem: _read_said(path) for path in sorted(folder.glob("*.csv")) if not path.name.endswith(KEY)}

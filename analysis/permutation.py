@@ -1,7 +1,8 @@
 """Tests by dealing the latents out anew: what counts would look like if the models did not differ at all.
 
-Clusters of near-duplicates are dealt out whole, each model getting as many clusters as it has. Where every latent is
-its own cluster this is exact given how many latents each model and each category has, up to Monte-Carlo error.
+Clusters of near-duplicates are dealt out whole, each model getting as many clusters as it has, those in which nothing
+is placed apart. Where every latent is its own cluster this is exact given how many latents each model and each category
+has, up to Monte-Carlo error.
 Shapes: G clusters, M models, C names and one column for latents in none of them, R permutations.
 """
 
@@ -18,19 +19,24 @@ TIE = 1e-9
 
 
 def counts_of(units: Units, num_names: int) -> np.ndarray:
-    """(G, C + 1) latents by cluster and name, by their primary votes; those that are lost count nowhere."""
+    """(G, C + 1) latents by cluster and name, by their primary votes; those that are lost count nowhere.
+
+    Clusters of lost latents alone are left out: dealt out too, they would change the models' numbers of latents.
+    """
     primary_n = units.votes_nV[:, 0]
     counts_GC = np.zeros((units.num_clusters, num_names + 1))
     placed = primary_n != LOST
     np.add.at(counts_GC, (units.cluster_n[placed], primary_n[placed]), 1)  # IN_NONE is -1, the last column
-    return counts_GC
+    return counts_GC[counts_GC.any(1)]
 
 
 def dealt_out(units: Sequence[Units], num_names: int, num_permutations: int, seed: int = 0) -> np.ndarray:
     """(R, M, C + 1) counts of models to which all clusters were dealt out anew."""
-    clusters_GC = np.concatenate([counts_of(unit, num_names) for unit in units])
-    model_G = np.repeat(np.arange(len(units)), [unit.num_clusters for unit in units])
-    rng = np.random.default_rng(seed)
+    counts = [counts_of(unit, num_names) for unit in units]
+    sizes, clusters_GC, rng = [len(rows) for rows in counts], np.concatenate(counts), np.random.default_rng(seed)
+    if (clusters_GC.sum(1) == 1).all():
+        return _dealt_singly(clusters_GC.sum(0).astype(int), sizes, num_permutations, rng)
+    model_G = np.repeat(np.arange(len(units)), sizes)
     per_chunk = max(1, CHUNK // max(len(model_G), 1))
     found = []
     for start in range(0, num_permutations, per_chunk):
@@ -38,6 +44,23 @@ def dealt_out(units: Sequence[Units], num_names: int, num_permutations: int, see
         dealt_RG = rng.permuted(np.broadcast_to(model_G, (rows, len(model_G))), axis=1)
         found.append(np.stack([(dealt_RG == model) @ clusters_GC for model in range(len(units))], axis=1))
     return np.concatenate(found)
+
+
+def _dealt_singly(pool_C: np.ndarray, sizes: list[int], num_permutations: int, rng: np.random.Generator) -> np.ndarray:
+    """(R, M, C + 1) counts where every latent stands alone: the same draws from a pool of names, latents not laid out.
+
+    Given what is left, the latents of one name that a model gets are hypergeometric.
+    """
+    left_RC = np.tile(pool_C, (num_permutations, 1))
+    dealt_RMC = np.zeros((num_permutations, len(sizes), len(pool_C)))
+    for model, size in enumerate(sizes):
+        wanted_R = np.full(num_permutations, size)
+        for name in range(len(pool_C)):
+            drawn_R = rng.hypergeometric(left_RC[:, name], left_RC[:, name + 1 :].sum(1), wanted_R)
+            dealt_RMC[:, model, name] = drawn_R
+            wanted_R -= drawn_R
+        left_RC -= dealt_RMC[:, model].astype(int)
+    return dealt_RMC
 
 
 def homogeneity(observed_MC: np.ndarray, dealt_RMC: np.ndarray) -> float:

@@ -6,7 +6,9 @@ Exact sums over the counts that two models can have; nothing is approximated but
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from math import sqrt
 
 import numpy as np
 from scipy.optimize import brentq
@@ -25,7 +27,11 @@ def accepted(total_a: int, total_b: int, together: int, alpha: float) -> tuple[i
     Given that sum the count of a is hypergeometric, which has one peak: what is at least as probable as a count lies
     around the peak, so that the counts that are not rejected are an interval.
     """
-    count_a = np.arange(max(0, together - total_b), min(total_a, together) + 1)
+    share = total_a / (total_a + total_b)
+    # Bernstein's inequality leaves less than 1e-13 beyond these counts.
+    middle, reach = together * share, 8 * sqrt(together * share * (1 - share)) + 40
+    lowest, highest = max(0, together - total_b, int(middle - reach)), min(total_a, together, int(middle + reach))
+    count_a = np.arange(lowest, highest + 1)
     log_p = _log_choose(total_a, count_a) + _log_choose(total_b, together - count_a)
     p = np.exp(log_p - _log_choose(total_a + total_b, np.array(together)))
     ordered = np.sort(p)
@@ -64,8 +70,7 @@ def detectable_rise(share: float, total_a: int, total_b: int, target: float = 0.
     """
     if share <= 0 or power(share, 1.0, total_a, total_b, alpha) < target:
         return float("inf")
-    found = brentq(lambda share_b: power(share, share_b, total_a, total_b, alpha) - target, share, 1.0, xtol=1e-6)
-    return float(found) / share - 1
+    return _crossing(lambda share_b: power(share, share_b, total_a, total_b, alpha) - target, share, 1.0) / share - 1
 
 
 @lru_cache(maxsize=10_000)
@@ -73,5 +78,13 @@ def detectable_fall(share: float, total_a: int, total_b: int, target: float = 0.
     """The smallest true fall that the test finds, as a negative change; NaN where not even absence (-1) would be."""
     if share <= 0 or power(share, 0.0, total_a, total_b, alpha) < target:
         return float("nan")
-    found = brentq(lambda share_b: power(share, share_b, total_a, total_b, alpha) - target, 0.0, share, xtol=1e-6)
-    return float(found) / share - 1
+    return _crossing(lambda share_b: power(share, share_b, total_a, total_b, alpha) - target, share, 0.0) / share - 1
+
+
+def _crossing(surplus: Callable[[float], float], start: float, end: float) -> float:
+    """Where `surplus` rises through 0 on the way from start to end; near the start first, where a power is cheap."""
+    reached, width = start, (end - start) / 2**12
+    while surplus(reached) < 0 and reached != end:
+        width *= 2
+        reached = start + width if abs(width) < abs(end - start) else end
+    return float(brentq(surplus, start, reached, xtol=1e-6))

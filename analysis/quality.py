@@ -4,15 +4,15 @@ annotation, on scores, on agreement and on costs, each where its file exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from analysis import figure_quality, figures
 from analysis.side_tables import read_table
-from analysis.tables import Table
+from analysis.tables import Table, write_table
 
 Draw = Callable[[Table], Figure]
 
@@ -40,30 +40,44 @@ AGREEMENT = (
 COSTS = ("What the annotation cost", "Requests by kind and model with their outcomes, tokens and US dollars.")
 
 
-def parts_of(outputs: Path, folders: list[Path], flow: Table) -> list[Part]:
-    """The flow, and the parts whose files exist, with their figures drawn into the report."""
+def parts_of(outputs: Path, folders: list[Path], flow: Table, colours: Mapping[str, str]) -> list[Part]:
+    """The flow, and the parts whose files exist, with their figures and tables written into the report."""
     target = outputs / "report"
     source = f"tables/{flow.name}.csv"
-    drawn = figures.draw(figure_quality.flow(flow), target, flow.name, [source])
+    drawn = figures.draw(figure_quality.flow(flow, colours), target, flow.name, [source], figure_quality.FLOW_CAPTION)
     found: list[Part | None] = [Part(FLOW, source, flow, drawn)]
+
+    def scores(table: Table) -> Figure:
+        return figure_quality.scores(table, colours)
+
     for folder in folders:
         beside = f"../analysis/{folder.name}/"
+        place = f" ({folder.name})"
         found += [
-            _part(target, beside + "score_summary.csv", *SCORES, figure_quality.scores, f" ({folder.name})"),
-            _part(target, beside + "agreement.csv", *AGREEMENT, figure_quality.agreement, f" ({folder.name})"),
+            _part(target, beside + "score_summary.csv", *SCORES, (scores, figure_quality.SCORES_CAPTION), place),
+            _part(
+                target,
+                beside + "agreement.csv",
+                *AGREEMENT,
+                (figure_quality.agreement, figure_quality.AGREEMENT_CAPTION),
+                place,
+            ),
         ]
     found.append(_part(target, "../analysis/costs.csv", *COSTS, None))
     return [part for part in found if part]
 
 
-def _part(target: Path, source: str, heading: str, caption: str, draw: Draw | None, place: str = "") -> Part | None:
+def _part(
+    target: Path, source: str, heading: str, caption: str, drawing: tuple[Draw, str] | None, place: str = ""
+) -> Part | None:
     """The part of the file at `source`, relative to the page; None without the file or without rows in it."""
     path = target / source
     if not path.is_file():
         return None
-    table = read_table(path, caption)
+    name = f"{path.stem}_{path.parent.name}" if place else path.stem
+    table = replace(read_table(path, caption), name=name)
     if not table.raw:
         return None
-    name = f"{path.stem}_{path.parent.name}" if place else path.stem
-    drawn = figures.draw(draw(table), target, name, [source]) if draw else None
+    write_table(table, target / "tables")
+    drawn = figures.draw(drawing[0](table), target, name, [source], drawing[1]) if drawing else None
     return Part(heading + place, source, table, drawn)

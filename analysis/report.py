@@ -17,7 +17,7 @@ from analysis.comparison import comparisons_of, flows_of, leaderboard_said
 from analysis.comparison_tables import changes_table
 from analysis.comparison_tables import table_of as comparison_table
 from analysis.config import AnalysisSettings
-from analysis.figure_comparison import forest
+from analysis.figure_comparison import forest, forest_caption
 from analysis.flow import flow_table
 from analysis.page import records_of, render
 from analysis.quality import parts_of
@@ -69,10 +69,10 @@ def report(settings: AnalysisSettings, folders: list[Path]) -> Path:
         "compared": compared,
         "beside": beside,
         "encoders": encoders_of(folders),
-        "quality": parts_of(Path(settings.outputs), folders, flow),
+        "quality": parts_of(Path(settings.outputs), folders, flow, colours),
         "records": records_of(folders),
     }
-    publish(target / "index.html", render(settings, pairs, context, colours).encode())
+    publish(target / "index.html", render(settings, pairs, context, colours).encode("utf-8", errors="backslashreplace"))
     return target / "index.html"
 
 
@@ -124,5 +124,5 @@ def _compared(comparison: Comparison, num_top: int, colours: dict[str, str], tar
     drawn = None
     if any(change.count_a + change.count_b for change in comparison.changes):
         name, source = f"forest_{table.name}", f"tables/{table.name}.csv"
-        drawn = figures.draw(forest(comparison, colours), target, name, [source])
+        drawn = figures.draw(forest(comparison, colours), target, name, [source], forest_caption(comparison))
     return Compared(comparison, table, changes, drawn)

@@ -13,14 +13,18 @@ import pyarrow.parquet as pq
 import yaml
 
 from analysis import figure_selection, figures, side_tables, tables
-from analysis.cards import Card, Row, cards_of, read_rows, reading
+from analysis.cards import Card, Row, cards_of, placed_by_hand, read_rows
+from analysis.certainty import Counted, counted
 from analysis.columns import models_of, of_two_models, owners_in_order, read_columns
 from analysis.config import NOT_MODELS, AnalysisSettings, OwnerConfig
+from analysis.examples import reading
 from analysis.figures import Drawn
 from analysis.nearest import Near, nearest_to
 from analysis.null_ranges import NULLS, read_nulls
 from analysis.redaction import redacted
+from analysis.taxonomy import DEFAULT, OTHER, load_taxonomy
 from extract.config import split_member
+from extract.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Pair:
     """Everything that the report shows of one crosscoder.
 
     `num_own` counts the latents of each model, and of each set of several, that other models lack. `tables` are those
-    of optional files of its folder.
+    of optional files of its folder. `certainty` of the owners is empty for an analysis without intervals.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Pair:
     curves: Drawn | None
     panels: list[Panel]
     tables: list[side_tables.SideTable]
+    certainty: dict[str, Counted]
 
     @property
     def has_plain_members(self) -> bool:
@@ -71,9 +76,9 @@ def pair_of(
     own = list(dict.fromkeys([*models, *owners_in_order(owners, models)]))
     run = Path(settings.outputs) / "runs" / folder.name
     metrics = read_metrics(run / "metrics.jsonl")
-    config = settings.analysis.owner
+    config, groups = settings.analysis.owner, _groups(settings)
     with reading(folder) as database:
-        cards = redacted(cards_of(folder, shown, named), shown.redact, database)
+        cards = redacted(_cards(settings, folder, named, groups), shown.redact, database, groups)
     return Pair(
         name=folder.name,
         models=models,
@@ -88,8 +93,21 @@ def pair_of(
         nearest=_nearest(models, rows, owners, config),
         curves=_curves(metrics, models, colours, target, folder.name),
         panels=_panels(folder, models, dict(colours), config, target),
-        tables=side_tables.of_pair(folder),
+        tables=side_tables.of_pair(folder, target / "tables"),
+        certainty=counted(rows, models, own, config),
     )
+
+
+def _cards(settings: AnalysisSettings, folder: Path, named: set[int], groups: Mapping[str, str]) -> list[Card]:
+    """The cards with the categories that comparisons are made of."""
+    cards = cards_of(folder, settings.analysis.report, named, settings.analysis.owner)
+    return [placed_by_hand(card, groups) for card in cards] if settings.analysis.compare.human_labels else cards
+
+
+def _groups(settings: AnalysisSettings) -> dict[str, str]:
+    """The classes of the categories of the taxonomy."""
+    categories = load_taxonomy(Path(settings.analysis.taxonomy.path or DEFAULT))
+    return {category.name: category.group for category in categories} | {OTHER: OTHER}
 
 
 def _nearest(models: list[str], rows: list[Row], owners: Counter[str], config: OwnerConfig) -> dict[str, list[Near]]:
@@ -102,7 +120,7 @@ def _curves(
     if not metrics:
         return None
     figure = figures.training_curves(metrics, models, dict(colours))
-    return figures.draw(figure, target, f"training_{name}", [f"../runs/{name}/metrics.jsonl"])
+    return figures.draw(figure, target, f"training_{name}", [f"../runs/{name}/metrics.jsonl"], figures.TRAINING)
 
 
 def _panels(folder: Path, models: list[str], colours: dict[str, str], owner: OwnerConfig, target: Path) -> list[Panel]:
@@ -120,14 +138,25 @@ def _panels(folder: Path, models: list[str], colours: dict[str, str], owner: Own
             figures.save(panel, target / "figures", f"figure1_{kind}_{name}", ("pdf",))
         selection = figure_selection.figure_one(shown, pair, colours, owner, nulls)
         nu = figure_selection.nu_scatter(shown, pair, colours, owner, nulls)
-        drawn = figures.draw(selection, target, f"figure1_{name}", sources)
-        panels.append(Panel(base, tuned, drawn, figures.draw(nu, target, f"nu_{name}", sources)))
+        drawn = figures.draw(selection, target, f"figure1_{name}", sources, figure_selection.caption_of(owner))
+        scatter = figures.draw(nu, target, f"nu_{name}", sources, figure_selection.NU_CAPTION)
+        panels.append(Panel(base, tuned, drawn, scatter))
     return panels
 
 
 def read_metrics(path: Path) -> figures.Metrics:
-    """The lines of `metrics.jsonl`; none if the run was trained elsewhere."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []
+    """The lines of `metrics.jsonl` but a last one that a killed run left torn; none if the run was trained elsewhere.
+
+    BadInput for another line that is no JSON object.
+    """
+    *whole, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    found = []
+    for number, line in enumerate(whole, 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise BadInput(f"{path}, line {number}, is no JSON: {line[:80]!r}. Correct or remove the line.") from error
+    return found
 
 
 def share_dropped(folder: Path) -> float | None:
@@ -149,20 +178,38 @@ def last_value(metrics: figures.Metrics, name: str) -> float | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings a run was trained with; empty if the run was trained elsewhere."""
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
+    """The settings a run was trained with; empty if the run was trained elsewhere. BadInput for what is no YAML."""
+    try:
+        found = yaml.safe_load(path.read_bytes()) if path.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is no YAML. Restore it, or remove it to have a report without it.") from error
+    return found if isinstance(found, dict) else {}
 
 
 def owner_table(pairs: list[Pair]) -> tables.Table:
-    """Latents by owner, one row for each owner in each pair."""
-    rows = [(pair.name, owner, count, pair.num_latents) for pair in pairs for owner, count in pair.owners.items()]
+    """Latents by owner, one row for each owner in each pair, and how many of them are certain by nu's intervals."""
+    rows = [
+        (pair.name, owner, count, pair.num_latents, pair.certainty.get(owner))
+        for pair in pairs
+        for owner, count in pair.owners.items()
+    ]
+    names = ("certain", "crosses", "unknown", "within_reach")
     return tables.Table(
         name="owners",
-        caption="Latents of each crosscoder by owner.",
-        columns=["pair", "owner", "count", "total"],
-        raw=[list(row) for row in rows],
-        heading=["pair", "owner", "latents", "share"],
-        printed=[[pair, owner, f"{count}", tables.percent(count / total)] for pair, owner, count, total in rows],
+        caption="Latents of each crosscoder by owner; certain: both ν's whole intervals lie within the thresholds; "
+        "crosses: a threshold lies within an interval; unknown: without an interval; within reach: candidates by "
+        "decoder norms that are not the model's own, but whose intervals reach within the thresholds.",
+        columns=["pair", "owner", "count", "total", *names],
+        raw=[
+            [pair, owner, count, total, *(getattr(sure, name, None) for name in names)]
+            for pair, owner, count, total, sure in rows
+        ],
+        heading=["pair", "owner", "latents", "share", "certain", "crosses", "unknown", "within reach"],
+        printed=[
+            [pair, owner, f"{count:,}", tables.percent(count / total)]
+            + [f"{getattr(sure, name):,}" if sure else "" for name in names]
+            for pair, owner, count, total, sure in rows
+        ],
     )
 
 

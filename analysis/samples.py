@@ -1,12 +1,14 @@
-"""Documents drawn for the latents that a model may own, to test descriptions of them: in the one pass, bounded memory.
+"""Documents drawn for latents, to test descriptions of them: in the one pass, bounded memory.
 
     activating  the documents of lowest hash(latent, document) among those in which it fires: a uniform sample, then cut
                 into strata of equal size by the maximum
-    near_miss   the documents of the highest pre-activation among those in which it does not fire
+    near_miss   the documents of the highest pre-activation among those in which it does not fire, which stands in the
+                place of a firing token
     silent      of a pool of documents, those of lowest hash among the ones in which it does not fire
 
 For H latents, with the default settings and f firing tokens in an activating document, this keeps H * (50 * (24 + 8 f)
-+ 25 * 24 + 2048) bytes: at 10,000 latents and f = 10 about 80 MB; of all 114,688, 0.9 GB.
++ 25 * 32 + 2048) bytes: at 114,688 latents and f = 10, 923 MB; of the 10,000 that some of the models may
+own, 80 MB.
 
 Shapes: H latents that are sampled, d documents of a batch, P documents of the pool, g (latent, document) pairs.
 """
@@ -62,8 +64,12 @@ class Samples:
         pooled_g = pool_g >= 0
         self._fires_HP[self._place_L[wanted.latent_g[pooled_g]], pool_g[pooled_g]] = True
 
-    def add_maxima(self, pre_dH: np.ndarray, document_d: np.ndarray, firings: DocumentFirings) -> None:
-        """Adds the largest pre-activations (d, H) in documents of new texts; `firings` are those of the same batch."""
+    def add_maxima(
+        self, pre_dH: np.ndarray, position_dH: np.ndarray, document_d: np.ndarray, firings: DocumentFirings
+    ) -> None:
+        """Adds the largest pre-activations and where they are (d, H), in documents of new texts; `firings` are those of
+        the same batch.
+        """
         if not self._config.num_near_miss or not len(document_d):
             return
         wanted_g = self._wanted_L[firings.latent_g] & np.isin(firings.document_g, document_d)
@@ -72,8 +78,8 @@ class Samples:
         # Only positive ones: a pre-activation that the ReLU silences is no near miss.
         floor_H = np.maximum(self._near_misses.floor_L[self._latent_H], np.finfo(np.float32).tiny)
         row_g, place_g = np.nonzero(pre_dH >= floor_H)
-        found = DocumentFirings.silent(self._latent_H[place_g], document_d[row_g], pre_dH[row_g, place_g])
-        self._near_misses.add(found)
+        latent_g, position_g = self._latent_H[place_g], position_dH[row_g, place_g]
+        self._near_misses.add(DocumentFirings.adjacent(latent_g, document_d[row_g], position_g, pre_dH[row_g, place_g]))
 
     def result(self) -> DrawnSamples:
         """All samples, sorted by latent within each kind; none of latents that never fired."""
@@ -122,18 +128,21 @@ class Samples:
 
 
 class PreActivations:
-    """The largest pre-activation of each document of a batch, of the latents of a mask, from chunks of the encoder."""
+    """The largest pre-activation of each document of a batch, and where it is, of the latents of a mask, from chunks of
+    the encoder.
+    """
 
     def __init__(self, wanted_L: np.ndarray, device: torch.device):
         self._latent_H = torch.from_numpy(np.flatnonzero(wanted_L))
         self._device = device
         self._lengths: list[int] = []
-        self._parts: list[Tensor] = []
+        self._position_B = np.empty(0, dtype=np.int64)
+        self._parts: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, batch: TokenBatch) -> np.ndarray:
         """A new batch; returns its documents (d,), those with a kept token."""
         documents, lengths = np.unique(batch.document_B, return_counts=True)
-        self._lengths, self._parts = lengths.tolist(), []
+        self._lengths, self._position_B, self._parts = lengths.tolist(), batch.position_B, []
         return documents
 
     def watch(self, first: int, pre_BC: Tensor) -> None:
@@ -147,13 +156,17 @@ class PreActivations:
             pre_Bh = pre_BC[:, int(column_h[0]) : int(column_h[-1]) + 1]
         else:
             pre_Bh = pre_BC.index_select(1, column_h.to(self._device))
-        self._parts.append(torch.stack([part.amax(0) for part in pre_Bh.split(self._lengths)]))
+        best = [part.max(0) for part in pre_Bh.split(self._lengths)]
+        self._parts.append((torch.stack([part[0] for part in best]), torch.stack([part[1] for part in best])))
 
-    def maxima(self) -> np.ndarray:
-        """(d, H) float32."""
+    def maxima(self) -> tuple[np.ndarray, np.ndarray]:
+        """(d, H), float32, and their positions in their documents."""
         if not self._parts:
-            return np.empty((len(self._lengths), 0), dtype=np.float32)
-        return torch.cat(self._parts, dim=1).float().cpu().numpy()
+            nothing = np.empty((len(self._lengths), 0), dtype=np.float32)
+            return nothing, nothing.astype(np.int64)
+        value_dH, index_dH = (torch.cat(parts, dim=1) for parts in zip(*self._parts, strict=True))
+        start_d1 = np.cumsum([0, *self._lengths])[:-1, None]
+        return value_dH.float().cpu().numpy(), self._position_B[index_dH.cpu().numpy() + start_d1]
 
 
 def _pool(reading: Reading, seed: int) -> np.ndarray:

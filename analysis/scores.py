@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from analysis.sheets import as_csv
 from analysis.statistics import Interval, wilson
@@ -20,6 +21,8 @@ from extract.publish import publish
 
 SCORES, SUMMARY, VERDICTS = "scores.csv", "score_summary.csv", "verdicts.csv"
 SCORED = "scored"
+# Whose description was judged: the latent's own, or another latent's.
+NONE, SHUFFLED = "none", "shuffled"
 ALL = "all"
 
 
@@ -90,6 +93,14 @@ def balanced_accuracy(truths: Sequence[bool], verdicts: Sequence[bool], confiden
     below = math.hypot(*(share - limit.low for share, limit in zip(shares, limits, strict=True))) / 2
     above = math.hypot(*(limit.high - share for share, limit in zip(shares, limits, strict=True))) / 2
     return centre, Interval(centre - below, centre + above)
+
+
+def groups_of(folder: Path) -> dict[int, int]:
+    """The group of near-duplicates that every latent of an analysis folder belongs to; {} in an older folder."""
+    if "group" not in pq.read_schema(folder / "latents.parquet").names:
+        return {}
+    table = pq.read_table(folder / "latents.parquet", columns=["latent", "group"])
+    return dict(zip(table["latent"].to_pylist(), table["group"].to_pylist(), strict=True))
 
 
 def summarise(

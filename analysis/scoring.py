@@ -8,35 +8,35 @@ latent's description: what a judge can guess without the right one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from sqlite3 import Connection, connect
+from sqlite3 import Connection
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from analysis.agreeing import write_agreement
 from analysis.annotations import DESCRIBED, Annotation, read_annotations
 from analysis.config import AnalysisConfig, AnalysisSettings
+from analysis.examples import check_samples, reading
 from analysis.judging import check_numbers, partners, question_of, verdicts_of
 from analysis.llm.questions import Answer, Question
 from analysis.scores import (
+    NONE,
     SCORED,
     SCORES,
+    SHUFFLED,
     SUMMARY,
     VERDICTS,
     Score,
     Verdict,
     balanced_accuracy,
+    groups_of,
     read_scores,
     summarise,
     write_scores,
 )
 from analysis.trials import DETECTION, FUZZING, Given, Trial, detection, fuzzing, held_out
-from extract.errors import BadInput
 
-NONE, SHUFFLED = "none", "shuffled"
 KINDS, CONTROLS = (DETECTION, FUZZING), (NONE, SHUFFLED)
 
 
@@ -75,7 +75,7 @@ def score(settings: AnalysisSettings, folder: Path) -> None:
 def _score(settings: AnalysisSettings, folder: Path, judge: str) -> None:
     config, annotations = settings.analysis.scoring, read_annotations(folder)
     described = [annotation for annotation in annotations if annotation.outcome == DESCRIBED]
-    with closing(connect(f"file:{folder / 'examples.sqlite'}?mode=ro", uri=True)) as database:
+    with reading(folder) as database:
         check_samples(database, folder)
         group_of = groups_of(folder)
         asking = Asking(settings.analysis, folder.name, judge, partners(described, group_of, config.seed))
@@ -85,21 +85,6 @@ def _score(settings: AnalysisSettings, folder: Path, judge: str) -> None:
     verdicts = [row for item in items for row in verdicts_in(item, answers)]
     summaries = summarise(scores, group_of, config.confidence, config.resamples, config.seed)
     write_scores(folder, scores, summaries, verdicts)
-
-
-def groups_of(folder: Path) -> dict[int, int]:
-    """The group of near-duplicates that every latent belongs to."""
-    table = pq.read_table(folder / "latents.parquet", columns=["latent", "group"])
-    return dict(zip(table["latent"].to_pylist(), table["group"].to_pylist(), strict=True))
-
-
-def check_samples(database: Connection, folder: Path) -> None:
-    """BadInput where the analysis is from before samples were stored."""
-    if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'samples'").fetchone():
-        raise BadInput(
-            f"{folder / 'examples.sqlite'} holds no samples to score with: it is of an earlier version. "
-            f"Delete {folder / 'latents.json'} and run the analysis again."
-        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +161,7 @@ def score_of(item: Item, answers: Mapping[str, Answer], confidence: float) -> Sc
     if answer is None or answer.value is None:
         nan = float("nan")
         return Score(*named, *counts, nan, nan, nan, answer.outcome if answer else item.lacks)
-    value, (low, high) = balanced_accuracy(truths, verdicts_of(answer.value), confidence)
+    value, (low, high) = balanced_accuracy(truths, verdicts_of(answer.value, item.kind), confidence)
     return Score(*named, *counts, value, low, high, SCORED)
 
 
@@ -187,7 +172,7 @@ def verdicts_in(item: Item, answers: Mapping[str, Answer]) -> list[Verdict]:
         return []
     return [
         Verdict(item.annotation.latent, item.kind, item.control, given, verdict)
-        for given, verdict in zip(item.given, verdicts_of(answer.value), strict=True)
+        for given, verdict in zip(item.given, verdicts_of(answer.value, item.kind), strict=True)
     ]
 
 

@@ -6,7 +6,6 @@ one, which the counts are made of. Latents of one *group* are near-duplicates of
 
 from __future__ import annotations
 
-import difflib
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from analysis.bootstrap import IN_NONE, LOST, Units
 from analysis.categories import OTHER, Category, Placed, read_categories
 from analysis.human import HUMAN, read_labels
+from analysis.spelling import did_you_mean
 from extract.errors import BadInput
 
 # Outcomes that categories.csv does not know: a person said it, or there is no line at all.
@@ -41,7 +41,7 @@ class Selected:
 
 @dataclass(frozen=True)
 class Side:
-    """What is known of the latents of one compared model beside their counts."""
+    """What is known of the latents of one compared model beside their counts. People are annotators too."""
 
     num_selected: int
     num_by_people: int
@@ -84,18 +84,17 @@ def _by_people(folder: Path, categories: list[Category]) -> dict[int, tuple[str,
     found = {latent: (label.category, label.who) for latent, label in read_labels(folder).items() if label.category}
     for latent, (category, _) in found.items():
         if category not in known:
-            near = difflib.get_close_matches(category, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise BadInput(
-                f"{folder / HUMAN}: latent {latent} is in {category!r}, which the taxonomy does not have.{hint} "
-                "Correct it, or compare without (analysis.compare.human_labels=false)."
+                f"{folder / HUMAN}: latent {latent} is in {category!r}, which the taxonomy does not have."
+                f"{did_you_mean(category, known)} Correct it, or compare without "
+                "(analysis.compare.human_labels=false)."
             )
     return found
 
 
 def side_of(selected: list[Selected]) -> Side:
     """The sums over one model's latents."""
-    annotators = {row.annotator for row in selected if row.is_placed and row.outcome != BY_PEOPLE}
+    annotators = {row.annotator for row in selected if row.is_placed}
     return Side(len(selected), sum(row.outcome == BY_PEOPLE for row in selected), frozenset(annotators))
 
 

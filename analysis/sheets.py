@@ -1,14 +1,13 @@
 """Sheets that people fill in: CSV files whose rows are known by hashed ids, and reading them back.
 
-A key beside the study, <sheet>.key.csv, says what each id stands for; those who fill in the sheet do not get it.
+A key beside the study, <sheet>.<hash of its ids>.key.csv, says what each id stands for; those who fill in the sheet do
+not get it.
 """
 
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
-import io
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.csv_files import csv_bytes, read_csv
+from analysis.spelling import did_you_mean
 from extract.errors import BadInput
 from extract.publish import publish
 
@@ -47,15 +48,24 @@ def id_of(named: Named, seed: int) -> str:
     return hashlib.sha256(f"{seed} {'/'.join(named)}".encode()).hexdigest()[:ID_LENGTH]
 
 
+def check_new(sheet: Path) -> None:
+    """BadInput for a sheet that is there: somebody may have filled it in."""
+    if sheet.exists():
+        raise BadInput(f"{sheet} exists, and may hold answers. Give another name (export=FILE), or remove it.")
+
+
 def write_sheet(
     sheet: Path, answer: str, header: list[str], rows: Mapping[str, list[str]], keys: Path, key: Mapping[str, Named]
 ) -> None:
     """A sheet with the columns id, `answer` (empty) and `header`, and its key in the folder `keys`.
 
-    The sheet starts with the mark by which spreadsheets know UTF-8.
+    The sheet starts with the mark by which spreadsheets know UTF-8. The key is named by its ids too: sheets of one name
+    may be filled in for years, each with its own.
     """
+    check_new(sheet)
     names = [f"part_{number}" for number in range(1, max(map(len, key.values()), default=0) + 1)]
-    publish(keys / f"{sheet.stem}{KEY}", as_csv(["id", *names], [[i, *named] for i, named in key.items()]))
+    ids = hashlib.sha256(" ".join(key).encode()).hexdigest()[:ID_LENGTH]
+    publish(keys / f"{sheet.stem}.{ids}{KEY}", as_csv(["id", *names], [[i, *named] for i, named in key.items()]))
     publish(sheet, BOM_UTF8 + as_csv(["id", answer, *header], [[i, "", *cells] for i, cells in rows.items()]))
 
 
@@ -75,27 +85,21 @@ def read_sheet(sheet: Path, answer: str, known: Mapping[str, str], keys: Path) -
 
 
 def _rows(sheet: Path, answer: str) -> list[tuple[str, str]]:
-    if not sheet.is_file():
-        raise BadInput(f"{sheet} is not a file. Give the CSV that was filled in: filled=FILE.")
-    try:
-        text = sheet.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{sheet} is not UTF-8. Save it as CSV (UTF-8).") from error
-    first = text.partition("\n")[0]
-    # Spreadsheets write semicolons where the comma is the decimal sign.
-    reader = csv.DictReader(
-        io.StringIO(text, newline=""), delimiter=";" if first.count(";") > first.count(",") else ","
-    )
-    missing = [name for name in ("id", answer) if name not in (reader.fieldnames or [])]
+    lines = read_csv(sheet, "filled", "Give the CSV that was filled in: filled=FILE.")
+    header = lines[0].cells if lines else []
+    missing = [name for name in ("id", answer) if name not in header]
     if missing:
         raise BadInput(f"{sheet} has no column {' and no column '.join(missing)}. Keep the header as exported.")
-    return [((row["id"] or "").strip(), (row[answer] or "").strip()) for row in reader]
+    places = [header.index(name) for name in ("id", answer)]
+    # Spreadsheets may leave out cells that are empty to the end of the row.
+    padded = ([*line.cells, *[""] * len(header)] for line in lines[1:])
+    return [(cells[places[0]], cells[places[1]]) for cells in padded]
 
 
 def _key_of(ids: list[str], sheet: Path, keys: Path) -> dict[str, Named]:
-    """The export that the ids come from."""
+    """The export that the ids come from: of those that know equally many of them, the smallest."""
     found = [read_key(path) for path in sorted(keys.glob(f"*{KEY}"))]
-    best = max(found, key=lambda key: len(key.keys() & set(ids)), default={})
+    best = max(found, key=lambda key: (len(key.keys() & set(ids)), -len(key)), default={})
     if not best.keys() & set(ids):
         raise BadInput(f"{sheet}: no id is known to an export in {keys}. Export a sheet, and keep its ids.")
     return best
@@ -121,14 +125,12 @@ def _check_ids(ids: list[str], key: Mapping[str, Named], sheet: Path) -> None:
 def _choice(cell: str, known: Mapping[str, str], sheet: Path, identity: str) -> str | None:
     name = cell.casefold()
     if name and name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {known[near[0]]!r}?" if near else f"Known: {', '.join(dict.fromkeys(known.values()))}."
-        raise BadInput(f"{sheet}, id {identity}: {cell!r} is no answer that there is. {hint}")
+        names = list(dict.fromkeys(known.values()))
+        hint = did_you_mean(cell, names, f" Known: {', '.join(names)}.")
+        raise BadInput(f"{sheet}, id {identity}: {cell!r} is no answer that there is.{hint}")
     return known[name] if name else None
 
 
 def as_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     """A CSV file in UTF-8; what UTF-8 cannot hold is escaped."""
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue().encode("utf-8", errors="backslashreplace")
+    return csv_bytes([header, *rows])

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from analysis.annotate import annotate, has_failed
 from analysis.comparison import compare, inputs_of_comparison, outputs_of
 from analysis.config import AnalysisConfig, AnalysisSettings
 from analysis.judging import PROMPTS
-from analysis.latents import EXAMPLES, LATENTS, MAXIMA, OUTPUTS, write_latents
+from analysis.latents import EXAMPLES, FORMAT_VERSION, LATENTS, MAXIMA, OUTPUTS, write_latents
 from analysis.llm.prompting import hash_of
 from analysis.report import NEEDED, optional_inputs, report
 from analysis.scores import SCORES, SUMMARY, VERDICTS
@@ -39,6 +40,9 @@ ANNOTATIONS, CATEGORIES, CLASSES, TAGS, INDEX = (
     "tags.csv",
     "index.html",
 )
+
+# Steps of a pair that may ask language models.
+ASKING = ("annotate", "categorise", "score")
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,32 @@ def run_steps(steps: list[Step], folder: Path) -> bool:
         if is_done(step, record, path) and not step.is_lacking():
             print(f"{folder.name}: {step.name} is up to date")
             continue
-        path.unlink(missing_ok=True)
         print(f"{folder.name}: {step.name}")
-        step.work()
+        with withdrawn(path, [folder / output for output in step.outputs]):
+            step.work()
         publish(path, (json.dumps(record, indent=1) + "\n").encode())
         any_missing = True
     return any_missing
+
+
+@contextmanager
+def withdrawn(path: Path, outputs: list[Path]) -> Iterator[None]:
+    """The record at `path` is gone while outputs are replaced; it comes back if what fails has touched none of them."""
+    before, stamps = path.read_bytes() if path.exists() else None, _stamps(outputs)
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException:  # of a signal to stop, too
+        if before is not None and _stamps(outputs) == stamps:
+            publish(path, before)
+        raise
+
+
+def _stamps(outputs: list[Path]) -> list[tuple[Path, int, int, int]]:
+    """What tells whether files, or those in folders, were replaced."""
+    found = sorted({file for output in outputs for file in (output, *output.rglob("*"))})
+    stats = [(file, file.stat()) for file in found if file.exists()]
+    return [(file, stat.st_ino, stat.st_mtime_ns, stat.st_size) for file, stat in stats]
 
 
 def record_of(step: Step) -> dict:
@@ -82,6 +106,14 @@ def is_done(step: Step, record: dict, path: Path) -> bool:
     if not path.exists() or not all((path.parent / output).exists() for output in step.outputs):
         return False
     return path.read_bytes() == (json.dumps(record, indent=1) + "\n").encode()
+
+
+def has_settings(step: Step, folder: Path) -> bool:
+    """Whether a step was done with its settings of today, whatever became of its inputs, and its outputs are there."""
+    path = folder / f"{step.name}.json"
+    if not path.exists() or not all((folder / output).exists() for output in step.outputs):
+        return False
+    return json.loads(path.read_bytes()).get("settings") == json.loads(json.dumps(step.settings))
 
 
 def sha256_of(path: Path) -> str:
@@ -101,14 +133,14 @@ def steps_of_pair(settings: AnalysisSettings, crosscoder_folder: Path, folder: P
         Step(
             "latents",
             {name: asdict(getattr(config, name)) for name in ("owner", "examples", "intervals", "nulls")}
-            | {"kept": asdict(settings.kept)},
+            | {"kept": asdict(settings.kept), "format_version": FORMAT_VERSION},
             inputs_of_latents(settings, crosscoder_folder),
             OUTPUTS,
             lambda: write_latents(settings, crosscoder_folder, folder),
         ),
         Step(
             "tags",
-            asdict(config.tags),
+            asdict(config.tags) | {"intervals": "percentiles and further prompts"},
             {"tokens": tokens, **files(folder, LATENTS, MAXIMA)},
             (TAGS,),
             lambda: write_tags(settings, folder),

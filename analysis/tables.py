@@ -1,11 +1,11 @@
 """Tables for papers: raw numbers as CSV, printed numbers as LaTeX (booktabs), and how numbers are printed."""
 
-import csv
-import io
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.csv_files import csv_bytes, not_a_formula
 from extract.publish import publish
 
 LATEX_SPECIALS = {
@@ -33,6 +33,11 @@ LATEX_SPECIALS = {
     "\u00a0": "~",
 }
 
+# Runs of blanks and control characters, but for the blank that does not break.
+BLANKS = re.compile(r"(?:(?!\u00a0)[\s\x00-\x1f\x7f-\x9f])+")
+# Rows of a table that fit on a page.
+MAX_LATEX_ROWS = 40
+
 # What a table is published as.
 ENDINGS = ("csv", "tex")
 
@@ -54,24 +59,30 @@ class Table:
 def write_table(table: Table, folder: Path) -> None:
     """Publish `<name>.csv` and `<name>.tex` in `folder`."""
     publish(folder / f"{table.name}.csv", csv_of(table).encode())
-    publish(folder / f"{table.name}.tex", latex_of(table).encode())
+    publish(folder / f"{table.name}.tex", latex_of(table).encode("utf-8", errors="replace"))
 
 
 def csv_of(table: Table) -> str:
-    """Raw numbers to full precision, one line a row."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([table.columns, *table.raw])
-    return text.getvalue()
+    """Raw numbers to full precision, one line a row; text that spreadsheets would run stands behind an apostrophe."""
+    return csv_bytes([table.columns, *(map(not_a_formula, row) for row in table.raw)]).decode()
 
 
 def latex_of(table: Table) -> str:
-    """A `table` environment for the package booktabs: first column left, the others right."""
-    lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in [table.heading, *table.printed]]
+    """A `table` environment for the package booktabs: first column left, the others right.
+
+    A float does not break over pages, so of long tables it holds the first rows and says so; the CSV holds all.
+    """
+    shown = table.printed[:MAX_LATEX_ROWS]
+    lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in [table.heading, *shown]]
+    caption = table.caption
+    if len(shown) < len(table.printed):
+        caption += f" The first {len(shown)} of {len(table.printed):,} rows; all are in {table.name}.csv."
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{escape_latex(table.caption)}}}",
+            r"\small",
+            rf"\caption{{{escape_latex(caption)}}}",
             rf"\label{{tab:{table.name}}}",
             rf"\begin{{tabular}}{{l{'r' * (len(table.heading) - 1)}}}",
             r"\toprule",
@@ -100,10 +111,8 @@ def text_of(table: Table) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX prints as it is; line breaks become spaces."""
-    return "".join(
-        LATEX_SPECIALS.get(character, character) for character in " ".join(text.split(" ")).replace("\n", " ")
-    )
+    """Text that LaTeX prints as it is; line breaks, tabs and control characters become spaces."""
+    return "".join(LATEX_SPECIALS.get(character, character) for character in BLANKS.sub(" ", text))
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -121,6 +130,12 @@ def signed(value: float, digits: int = 1) -> str:
 def number(value: float, digits: int = 2) -> str:
     """0.1234 -> "0.12"; NaN -> "–"."""
     return "–" if math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
+
+
+def bounded(value: float, digits: int = 2) -> str:
+    """A measure that ends at 1, such as F1: 0.9993 -> ">0.99", since 1 is said of 1 alone."""
+    text = number(value, digits)
+    return f">0.{'9' * digits}" if value < 1 and float(text.replace("−", "-").replace("–", "nan")) >= 1 else text
 
 
 def interval(low: float, high: float, digits: int = 1, scale: float = 1.0) -> str:

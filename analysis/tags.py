@@ -3,7 +3,7 @@
 A document's score for a latent is the latent's maximum over the document's kept tokens (0 where it never fires).
 Documents are split into two halves by a hash of their prompt, so that several models' answers to one prompt stay
 together. The best latent and its threshold are chosen on one half; what is reported is measured on the other, with
-bootstrap intervals over prompts.
+intervals over prompts that have a width also where every prompt says the same (`interval_of`).
 
 Shapes: n documents, m those of the measuring half, s distinct scores, R resamples.
 """
@@ -14,16 +14,17 @@ import csv
 import hashlib
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analysis.config import AnalysisSettings, TagsConfig
-from analysis.maxima import SCHEMA
+from analysis.maxima import read_maxima
 from extract.publish import publish
 from extract.stores import TokenDocument, TokenStore
 from train.runs import selected_pair
@@ -34,7 +35,8 @@ class TagRow:
     """One row of `tags.csv`: the best latent of `owner` for a value of a tag, measured where it was not chosen.
 
     `latent` is None and the measures are nan if no latent of the owner fires on a tagged document of the choosing half,
-    or if the measuring half lacks tagged or untagged documents. `num_positive`, `num_negative` count the latter half.
+    or if the measuring half lacks tagged or untagged documents. `num_positive`, `num_negative` count documents of the
+    latter half, `num_positive_prompts`, `num_negative_prompts` their prompts, which are the units of the intervals.
     """
 
     tag: str
@@ -51,6 +53,8 @@ class TagRow:
     num_positive: int = 0
     num_negative: int = 0
     found: bool = False
+    num_positive_prompts: int = 0
+    num_negative_prompts: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ def write_tags(settings: AnalysisSettings, folder: Path) -> Path:
     rows = []
     for model in settings.pairs[selected_pair(settings)] if values else []:
         scores = read_scores(folder / "document_maxima.parquet", owned_by(latents, model), len(documents.value_n))
-        rows += [evidence(config, value, model, scores, documents) for value in values]
+        best = best_scores(scores, values, documents)
+        rows += [evidence(config, value, model, best[value], documents) for value in values]
     path = folder / "tags.csv"
     publish(path, _csv(sorted(rows, key=lambda row: row.value)).encode())
     return path
@@ -106,15 +111,30 @@ def _prompt_hash(document: TokenDocument) -> str:
     return document.content_sha256
 
 
-def read_scores(path: Path, latents: list[int], num_documents: int) -> dict[int, np.ndarray]:
-    """Scores (num_documents,) float32 of each latent in `latents`."""
-    table = pq.read_table(path, filters=[("latent", "in", latents)] if latents else [("latent", "<", 0)])
-    latent_g, document_g, maximum_g = (table[name].to_numpy() for name in SCHEMA.names)
-    scores = {latent: np.zeros(num_documents, dtype=np.float32) for latent in latents}
-    for latent, score_n in scores.items():
-        mine_g = latent_g == latent
-        score_n[document_g[mine_g]] = maximum_g[mine_g]
-    return scores
+def read_scores(path: Path, latents: list[int], num_documents: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Scores (num_documents,) float32 of each latent in `latents` that fires anywhere, in ascending order."""
+    wanted = set(latents)
+    for latent, documents, maxima in read_maxima(path) if wanted else ():
+        if latent in wanted:
+            score_n = np.zeros(num_documents, dtype=np.float32)
+            score_n[documents] = maxima
+            yield latent, score_n
+
+
+def best_scores(
+    scores: Iterable[tuple[int, np.ndarray]], values: list[str], documents: TaggedDocuments
+) -> dict[str, dict[int, np.ndarray]]:
+    """Of every value the scores of the latent that `choose` takes, if there is one: scores of all are never held."""
+    chooses_n = documents.chooses_n
+    positive = {value: (documents.value_n == value)[chooses_n] for value in values}
+    best: dict[str, dict[int, np.ndarray]] = {value: {} for value in values}
+    best_f1 = dict.fromkeys(values, 0.0)
+    for latent, score_n in scores:
+        for value in values:
+            f1, _ = best_f1_of(score_n[chooses_n], positive[value])
+            if f1 > best_f1[value]:
+                best_f1[value], best[value] = f1, {latent: score_n}
+    return best
 
 
 def evidence(
@@ -123,13 +143,20 @@ def evidence(
     """The row of one value and one owner: choose on one half, measure on the other."""
     positive_n, chooses_n = documents.value_n == value, documents.chooses_n
     latent, threshold = choose({j: score_n[chooses_n] for j, score_n in scores.items()}, positive_n[chooses_n])
-    positive_m = positive_n[~chooses_n]
-    num_positive, num_negative = int(positive_m.sum()), int((~positive_m).sum())
-    blank = TagRow(config.name, value, owner, num_positive=num_positive, num_negative=num_negative)
-    if latent is None or not num_positive or not num_negative:
+    positive_m, prompt_m = positive_n[~chooses_n], documents.prompt_n[~chooses_n]
+    blank = TagRow(
+        config.name,
+        value,
+        owner,
+        num_positive=int(positive_m.sum()),
+        num_negative=int((~positive_m).sum()),
+        num_positive_prompts=len(np.unique(prompt_m[positive_m])),
+        num_negative_prompts=len(np.unique(prompt_m[~positive_m])),
+    )
+    if latent is None or not blank.num_positive or not blank.num_negative:
         return blank
     # In float64: the middle of two neighbouring float32 scores would round to one of them.
-    score_m, prompt_m = scores[latent][~chooses_n].astype(np.float64), documents.prompt_n[~chooses_n]
+    score_m = scores[latent][~chooses_n].astype(np.float64)
     predicted_m, once_m = score_m > threshold, np.ones(len(score_m))
     _, level_m = np.unique(score_m, return_inverse=True)  # sorted once for all resamples
     f1, auroc = f1_of(predicted_m, positive_m, once_m), auroc_of(level_m, positive_m, once_m)
@@ -137,8 +164,9 @@ def evidence(
     for weight_m in resampled_weights(prompt_m, config.resamples, config.seed):
         f1_R.append(f1_of(predicted_m, positive_m, weight_m))
         auroc_R.append(auroc_of(level_m, positive_m, weight_m))
-    f1_low, f1_high = percentiles(np.array(f1_R), config.confidence)
-    auroc_low, auroc_high = percentiles(np.array(auroc_R), config.confidence)
+    further = with_further_prompts(score_m, positive_m, prompt_m, threshold, config.confidence)
+    f1_low, f1_high = hull(percentiles(np.array(f1_R), config.confidence), [f1 for f1, _ in further])
+    auroc_low, auroc_high = hull(percentiles(np.array(auroc_R), config.confidence), [auroc for _, auroc in further])
     return replace(
         blank,
         latent=latent,
@@ -168,14 +196,15 @@ def best_f1_of(score_n: np.ndarray, positive_n: np.ndarray) -> tuple[float, floa
 
     A document on which the latent never fires is never predicted. (0, nan) if no threshold catches a positive.
     """
-    negated_s, inverse_n = np.unique(-score_n, return_inverse=True)
-    score_s = -negated_s
-    predicted_s = np.bincount(inverse_n, minlength=len(score_s)).cumsum()
-    true_s = np.bincount(inverse_n, weights=positive_n, minlength=len(score_s)).cumsum()
-    f1_s = np.where(score_s > 0, 2 * true_s / np.maximum(predicted_s + positive_n.sum(), 1), 0.0)
-    best = int(f1_s.argmax())
-    if f1_s[best] == 0:
+    fires_n = score_n > 0  # the others, nearly all, need no sorting
+    if not (fires_n & positive_n).any():
         return 0.0, math.nan
+    negated_s, inverse_f = np.unique(-score_n[fires_n], return_inverse=True)
+    score_s = -negated_s
+    predicted_s = np.bincount(inverse_f).cumsum()
+    true_s = np.bincount(inverse_f, weights=positive_n[fires_n]).cumsum()
+    f1_s = 2 * true_s / (predicted_s + positive_n.sum())
+    best = int(f1_s.argmax())
     below = score_s[best + 1] if best + 1 < len(score_s) else 0.0
     return float(f1_s[best]), (float(score_s[best]) + float(below)) / 2
 
@@ -214,6 +243,34 @@ def percentiles(values_R: np.ndarray, confidence: float) -> tuple[float, float]:
         return math.nan, math.nan
     low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def with_further_prompts(
+    score_m: np.ndarray, positive_m: np.ndarray, prompt_m: np.ndarray, threshold: float, confidence: float
+) -> list[tuple[float, float]]:
+    """F1 and AUROC if there were z^2 further prompts, z being the normal quantile of `confidence`: tagged or untagged
+    ones, all right or all wrong (the latent fires on them above everything, or not at all).
+
+    A bootstrap knows only what it has seen: where n of n prompts are right, every resample is 1. Wilson's interval ends
+    at n / (n + z^2) there, as if z^2 more had been wrong, and so does this for the Jaccard index J = F1 / (2 - F1).
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    found = []
+    for is_tagged in (True, False):
+        kind_m = positive_m if is_tagged else ~positive_m
+        weight = z**2 * kind_m.sum() / len(np.unique(prompt_m[kind_m]))
+        for score in (0.0, math.inf):
+            score_n, positive_n = np.append(score_m, score), np.append(positive_m, is_tagged)
+            weight_n = np.append(np.ones(len(score_m)), weight)
+            _, level_n = np.unique(score_n, return_inverse=True)
+            f1 = f1_of(score_n > threshold, positive_n, weight_n)
+            found.append((f1, min(1.0, auroc_of(level_n, positive_n, weight_n))))  # 1 + 2e-16 by rounding
+    return found
+
+
+def hull(interval: tuple[float, float], values: list[float]) -> tuple[float, float]:
+    """The smallest interval that holds `interval`, whose ends may be nan, and all of `values`."""
+    return float(np.nanmin([interval[0], *values])), float(np.nanmax([interval[1], *values]))
 
 
 def _csv(rows: list[TagRow]) -> str:

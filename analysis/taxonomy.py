@@ -19,12 +19,18 @@ DEFAULT = Path(__file__).with_name("taxonomy.yaml")
 
 
 def load_taxonomy(path: Path = DEFAULT) -> list[Category]:
-    """Categories of a YAML file {class: {category: description}}; BadInput for duplicates and empty parts."""
+    """Categories of a YAML file {class: {category: description}}; BadInput for what is no such file, for duplicates and
+    for empty parts.
+    """
     if not path.is_file():
         raise BadInput(
             f"analysis.taxonomy.path ({path}) is not a file. Give a YAML file of classes, categories and descriptions."
         )
-    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+        raise BadInput(f"analysis.taxonomy.path ({path}) is no YAML file in UTF-8: {problem}. Correct it.") from error
     if not isinstance(content, dict) or not content:
         raise BadInput(f"{path} holds no classes. Write `class: {{category: description}}`.")
     categories = []
@@ -33,13 +39,13 @@ def load_taxonomy(path: Path = DEFAULT) -> list[Category]:
             raise BadInput(
                 f"{path}: class {group!r} holds no categories. Write `category: description` below it, or remove it."
             )
-        categories += [Category(str(name), str(group), str(text or "").strip()) for name, text in members.items()]
+        categories += [Category(name, group, str(text or "").strip()) for name, text in members.items()]
     _check_names(categories, path)
     return categories
 
 
 def _check_names(categories: list[Category], path: Path) -> None:
-    for name, count in Counter(category.name for category in categories).items():
+    for name, count in Counter(category.name.casefold() for category in categories).items():
         if count > 1:
             raise BadInput(
                 f"{path}: category {name!r} is named {count} times. A latent has one category: rename or remove one."
@@ -56,9 +62,13 @@ def _check_names(categories: list[Category], path: Path) -> None:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys silently; here they are an error."""
+    """YAML keeps the last of two equal keys silently; here they are an error, and so is a key that is no text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                name, line = str(key.value)[:80], key.start_mark.line + 1
+                raise BadInput(f"taxonomy: the name {name!r} in line {line} is no text for YAML. Quote it.")
         keys = [key.value for key, _ in node.value]
         repeated = [key for key, count in Counter(keys).items() if count > 1]
         if repeated:
@@ -74,7 +84,7 @@ def placer_of(config: AnalysisConfig) -> str:
 def categorise(settings: AnalysisSettings, folder: Path) -> None:
     """One category per described vote -> `categories.csv`; classes of each model -> `classes.csv`."""
     config = settings.analysis.taxonomy
-    categories = load_taxonomy(Path(config.path) if config.path else DEFAULT)
+    categories = load_taxonomy(Path(config.path or DEFAULT))
     annotations = read_annotations(folder, votes=True)
     if placer_of(settings.analysis) == "llm":
         from analysis.placing import place_by_llm  # loads a client that takes a second

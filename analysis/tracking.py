@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from analysis.comparison import outputs_of
 from analysis.config import AnalysisSettings
@@ -15,19 +16,32 @@ from train.metric_table import units
 # Of an analysis folder: what becomes a table, by its name, and what the artifact holds.
 TABLES = {"categories": "categories.csv", "classes": "classes.csv"}
 FILES = (*NEEDED, "classes.csv", "config.yaml")
-# Of these, what quotes documents, or may: not sent where the report withholds it.
-QUOTING = ("examples.sqlite", "annotations.jsonl", "categories.csv")
+# Of these, what quotes documents, or names folders of this machine: not sent where the report is redacted.
+WITHHELD = ("examples.sqlite", "annotations.jsonl", "categories.csv", "config.yaml")
 
 
 def track(settings: AnalysisSettings, folders: list[Path], report_folder: Path) -> None:
-    """Log the finished analyses in `folders` and their report as one W&B run, the same one whenever they change."""
+    """Log the finished analyses in `folders` and their report as one W&B run, the same one whenever they change.
+
+    A redacted report has a run and an artifact of its own for each level: what others hold stays in W&B.
+    """
+    level = settings.analysis.report.redact
     owners, page = report_folder / "tables" / "owners.csv", report_folder / "index.html"
-    facts = asdict(settings) | {"units": units("analysis")}
-    mirror = Mirror(settings.tracking, report_folder, "analysis", "analysis", settings.study, facts)
+    facts = facts_of(settings) | {"units": units("analysis")}
+    ending, folder = (
+        ("", report_folder) if level == "none" else (f"-redacted-{level}", report_folder / f"wandb_{level}")
+    )
+    mirror = Mirror(settings.tracking, folder, f"analysis{ending}", "analysis", settings.study, facts)
     tables = tables_of(settings, folders, report_folder)
     mirror.show(latents_by_owner(owners), {"analysis/owners": owners, **tables}, {"analysis/report": page})
-    mirror.artifact(f"analysis-{settings.study}", "analysis", files_of(settings, folders, report_folder))
+    mirror.artifact(f"analysis-{settings.study}{ending}", "analysis", files_of(settings, folders, report_folder))
     mirror.end(0)
+
+
+def facts_of(settings: AnalysisSettings) -> dict[str, Any]:
+    """The configuration of the run; of a redacted report without settings, which name folders and servers."""
+    level = settings.analysis.report.redact
+    return asdict(settings) if level == "none" else {"study": settings.study, "redact": level}
 
 
 def tables_of(settings: AnalysisSettings, folders: list[Path], report_folder: Path) -> dict[str, Path]:
@@ -48,7 +62,7 @@ def files_of(settings: AnalysisSettings, folders: list[Path], report_folder: Pat
 
 
 def _is_shared(settings: AnalysisSettings, name: str) -> bool:
-    return settings.analysis.report.redact == "none" or name not in QUOTING
+    return settings.analysis.report.redact == "none" or name not in WITHHELD
 
 
 def latents_by_owner(table: Path) -> dict[str, float]:

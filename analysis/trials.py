@@ -1,7 +1,7 @@
 """Trials for descriptions: documents that the annotator was not shown, in some of which the description must fail.
 
     detection   documents in which the latent fires, from all strata of its strength, among documents in which it is
-                silent, half of them near misses: does it fire here?
+                silent, half of them near misses, shown where they come nearest: does it fire here?
     fuzzing     documents in which it fires, with marks at the tokens where it does, or as many elsewhere: are the marks
                 right?
 
@@ -18,8 +18,9 @@ import numpy as np
 
 from analysis.examples import Example, Sample, read_examples, read_samples
 from analysis.llm.documents import window
+from analysis.samples import ACTIVATING, NEAR_MISS, SILENT
 
-ACTIVATING, NEAR_MISS, SILENT, WRONG_MARKS = "activating", "near_miss", "silent", "wrong_marks"
+WRONG_MARKS = "wrong_marks"
 DETECTION, FUZZING = "detection", "fuzzing"
 
 
@@ -64,25 +65,48 @@ def detection(material: Material, num_positive: int, num_negative: int, rng: np.
     positive = [Trial(s, _given(s, s.kind, True)) for s in spread(material.activating, num_positive, rng)]
     near = _draw(material.near_misses, max(num_negative // 2, num_negative - len(material.silent)), rng)
     silent = _draw(material.silent, num_negative - len(near), rng)
-    negative = [Trial(_somewhere(s, rng), _given(s, s.kind, False)) for s in near + silent]
+    negative = [Trial(_nearest(s, rng), _given(s, s.kind, False)) for s in near + silent]
     return _shuffled(positive + negative, rng)
 
 
 def fuzzing(
     material: Material, num_positive: int, num_negative: int, rng: np.random.Generator, context: int
 ) -> list[Trial]:
-    """Documents in which the latent fires, each once: the marks of one part are right, those of the other are moved."""
-    drawn = spread(material.activating, num_positive + num_negative, rng)
-    num_moved = min(num_negative, len(drawn) // 2)
-    trials = []
-    for place, sample in enumerate(drawn):
-        # Every other one, so that both parts have documents of all strata.
-        moved = moved_marks(sample, context, rng) if place % 2 and place // 2 < num_moved else None
-        if moved:
-            trials.append(Trial(moved, _given(sample, WRONG_MARKS, False)))
-        elif sum(trial.given.truth for trial in trials) < num_positive:
-            trials.append(Trial(sample, _given(sample, ACTIVATING, True)))
+    """Documents in which the latent fires, each once: the marks of one part are right, those of the other are moved.
+
+    Documents without room to move their marks stand in neither part: what they have in common would tell the parts
+    apart. The parts share the strata: see `dealt`.
+    """
+    usable: list[Sample] = []
+    moved: dict[int, Example] = {}
+    for sample in spread(material.activating, len(material.activating), rng):
+        if len(usable) < num_positive + num_negative and (other := moved_marks(sample, context, rng)):
+            usable.append(sample)
+            moved[sample.document] = other
+    trials = [
+        Trial(sample, _given(sample, ACTIVATING, True))
+        if truth
+        else Trial(moved[sample.document], _given(sample, WRONG_MARKS, False))
+        for sample, truth in zip(usable, dealt(usable, num_positive, num_negative), strict=True)
+    ]
     return _shuffled(trials, rng)
+
+
+def dealt(samples: Sequence[Sample], num_true: int, num_false: int) -> list[bool]:
+    """A truth for each sample, at most so many of either, in even parts within every stratum and over all.
+
+    In turn, each gets the truth that its stratum has fewer of; where they are even, that which all have fewer of.
+    """
+    left = {True: num_true, False: num_false}
+    given: dict[int | None, list[bool]] = {}
+    truths: list[bool] = []
+    for sample in samples:
+        mine = given.setdefault(sample.quantile, [])
+        truth = min((True, False), key=lambda truth: (left[truth] < 1, mine.count(truth), truths.count(truth)))
+        left[truth] -= 1
+        mine.append(truth)
+        truths.append(truth)
+    return truths
 
 
 def _given(sample: Sample, drawn: str, truth: bool) -> Given:
@@ -103,36 +127,54 @@ def spread(samples: Sequence[Sample], number: int, rng: np.random.Generator) -> 
 
 
 def moved_marks(sample: Sample, context: int, rng: np.random.Generator) -> Example | None:
-    """The document with runs of marks as long as those of its firing tokens, on tokens near them that do not fire.
+    """The document with the runs of marks that its window shows put on tokens that do not fire, in one window too.
 
-    None where there is no room for them.
+    Runs keep their lengths, and blanks in them their places: which marks are moved must not show by what is marked. The
+    run of the strongest token goes near it, since what is shown are its surroundings; the others go into these. None
+    where there is no room, or nothing to see in the marks.
     """
-    start, end = window(sample, context)
-    free = [i not in sample.activations and bool(sample.tokens[i].strip()) for i in range(start, end)]
-    marks: dict[int, float] = {}
-    for length in sorted(_runs([i for i in sample.activations if start <= i < end]), reverse=True):
-        places = [i for i in range(len(free) - length + 1) if all(free[i : i + length])]
+    tokens, (start, end) = sample.tokens, window(sample, context)
+    runs = _runs([i for i in sample.activations if start <= i < end])
+    if not any(tokens[i] for run in runs for i in run):
+        return None
+    # The run of the strongest token first, then the longest.
+    runs.sort(key=lambda run: (sample.peak not in run, -len(run)))
+    taken, peak, marks = set(sample.activations), sample.peak, dict[int, float]()
+    for run in runs:
+        places = [i for i in range(start, end - len(run) + 1) if _fits(tokens, run, i, taken)]
         if not places:
             return None
         place = int(rng.choice(places))
+        if not marks:
+            peak = place + sample.peak - run[0]
+            start, end = window(Example(sample.document, tokens, {peak: 1.0}), context)
         # A token on either side stays free: two runs that touch would be one.
-        for i in range(max(place - 1, 0), min(place + length + 1, len(free))):
-            free[i] = False
-        marks |= dict.fromkeys(range(start + place, start + place + length), 1.0)
-    # The window that is shown is that around the mark nearest to the true one, so it holds about the same text.
-    marks[min(marks, key=lambda position: abs(position - sample.peak))] = 2.0
-    return Example(sample.document, sample.tokens, marks)
+        taken |= set(range(place - 1, place + len(run) + 1))
+        marks |= dict.fromkeys(range(place, place + len(run)), 1.0)
+    return Example(sample.document, tokens, marks | {peak: 2.0})
 
 
-def _runs(positions: list[int]) -> list[int]:
-    """Lengths of the runs of neighbouring positions: [4, 5, 9] -> [2, 1]."""
+def _fits(tokens: Sequence[str], run: Sequence[int], place: int, taken: set[int]) -> bool:
+    """Whether the marks of a run can go to `place`: free tokens, blank and without text where those of the run are."""
+    return all(
+        i not in taken and _look(tokens[i]) == _look(tokens[marked]) for i, marked in enumerate(run, start=place)
+    )
+
+
+def _look(token: str) -> tuple[bool, bool]:
+    return bool(token), bool(token.strip())
+
+
+def _runs(positions: list[int]) -> list[list[int]]:
+    """The runs of neighbouring positions: [4, 5, 9] -> [[4, 5], [9]]."""
     breaks = np.flatnonzero(np.diff(sorted(positions)) != 1) + 1
-    return [len(run) for run in np.split(np.array(positions), breaks)]
+    return [run.tolist() for run in np.split(np.array(sorted(positions)), breaks)]
 
 
-def _somewhere(sample: Sample, rng: np.random.Generator) -> Sample:
-    """A document in which nothing fires, to be shown around a token at random."""
-    return replace(sample, activations={int(rng.integers(len(sample.tokens))): 0.0})
+def _nearest(sample: Sample, rng: np.random.Generator) -> Sample:
+    """A document in which nothing fires, to be shown around the token that comes nearest to it, or one at random."""
+    place = int(rng.integers(len(sample.tokens))) if sample.position is None else sample.position
+    return replace(sample, activations={place: 0.0})
 
 
 def _draw(samples: Sequence[Sample], number: int, rng: np.random.Generator) -> list[Sample]:

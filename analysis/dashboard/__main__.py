@@ -15,7 +15,7 @@ from extract.interrupts import one_line_interrupts
 
 with one_line_interrupts():
     from analysis.config import AnalysisSettings
-    from analysis.dashboard.crosscoders import folders_in
+    from analysis.dashboard.crosscoders import folders_in, load
     from analysis.taxonomy import DEFAULT, load_taxonomy
     from extract.command import run
     from extract.errors import BadInput
@@ -36,7 +36,8 @@ def main(settings: DashboardSettings) -> None:
     if importlib.util.find_spec("dash") is None:
         raise BadInput("The dashboard needs Dash: pip install -e '.[app]'.")
     outputs = Path(settings.outputs)
-    folders_in(outputs)
+    for folder in folders_in(outputs):
+        load(folder)  # a file that cannot be read is said here, not in the browser
     categories = load_taxonomy(Path(settings.analysis.taxonomy.path or DEFAULT))
     from werkzeug.serving import WSGIRequestHandler, make_server  # after the check that they are installed
 

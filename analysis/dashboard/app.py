@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from dash import Dash, Input, Output, State, ctx, no_update
+from dash import Dash, Input, Output, State, ctx, no_update, set_props
 from dash.development.base_component import Component
 from flask import Response, abort, request
 
 from analysis.categories import OTHER, Category
-from analysis.dashboard import comparing, layout, views
+from analysis.dashboard import comparing, labelling, layout, views
 from analysis.dashboard.crosscoders import Crosscoder, folders_in, load
 from analysis.dashboard.documents import shown_documents
 from analysis.dashboard.filters import NO_CATEGORY, Filter, matching, num_pages, page_of
-from analysis.human import HumanLabel, append_label, now
+from extract.errors import BadInput
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SHOWN: dict[str, str] = {}
@@ -50,7 +50,9 @@ class Study:
 
 def make_app(study: Study) -> Dash:
     """The app over a study; its scripts and styles come from this machine alone."""
-    app = Dash(__name__, title=study.name, update_title="", serve_locally=True, add_log_handler=False)
+    app = Dash(
+        __name__, title=study.name, update_title="", serve_locally=True, add_log_handler=False, on_error=say_problem
+    )
     app.layout = lambda: layout.page(study.name, study.pairs(), list(study.groups))
     _browsing(app, study)
     _reading(app, study)
@@ -58,6 +60,13 @@ def make_app(study: Study) -> Dash:
     _comparing(app, study)
     _guard(app)
     return app
+
+
+def say_problem(error: Exception) -> None:
+    """Puts on the page what its reader can mend, such as a line of human.jsonl that is none; the rest is a fault."""
+    if not isinstance(error, BadInput):
+        raise error
+    set_props("problem", {"children": str(error)})
 
 
 def _guard(app: Dash) -> None:
@@ -111,20 +120,25 @@ def _browsing(app: Dash, study: Study) -> None:
     turned = [Input("previous", "n_clicks"), Input("next", "n_clicks"), Input("saved", "data")]
 
     @app.callback(
-        output=[Output("table", "children"), Output("where", "children"), Output("page", "data")],
+        output=[
+            Output("table", "children"),
+            Output("where", "children"),
+            Output("page", "data"),
+            Output("problem", "children"),
+        ],
         inputs={"asked": asked, "turned": turned, "path": Input("url", "pathname")},
         state={"page": State("page", "data")},
     )
-    def list_latents(asked: dict, turned: list, path: str, page: int) -> tuple[Component | str, str, int]:
+    def list_latents(asked: dict, turned: list, path: str, page: int) -> tuple[Component | str, str, int, str]:
         crosscoder = study.crosscoder(asked["pair"])
         if crosscoder is None:
-            return "", "Nothing is analysed under this name.", 0
+            return "", "Nothing is analysed under this name.", 0, ""
         latents = matching(crosscoder, filter_of(asked))
         page = _turn(page, num_pages(len(latents)), str(ctx.triggered_id))
         selected = views.parse_path(path)
         number = selected[1] if selected and selected[0] == crosscoder.name else None
         where = f"{len(latents)} latents, page {page + 1} of {num_pages(len(latents))}"
-        return views.table(crosscoder, page_of(latents, page), number), where, page
+        return views.table(crosscoder, page_of(latents, page), number), where, page, ""
 
 
 def filter_of(asked: dict) -> Filter:
@@ -173,39 +187,32 @@ def _labelling(app: Dash, study: Study) -> None:
     fields = [f"hand-{name}" for name in ("label", "category", "note")]
 
     @app.callback(
-        [Output(name, "value") for name in fields],
-        Output("message", "children"),
-        Input("url", "pathname"),
+        output=[
+            [Output(name, "value") for name in fields],
+            [Output(name, "placeholder") for name in fields[:2]],
+            Output("shown", "data"),
+            Output("message", "children"),
+        ],
+        inputs={"path": Input("url", "pathname")},
     )
-    def fill_form(path: str) -> tuple[str, str | None, str, str]:
-        found = study.latent(path)
-        if not found:
-            return "", None, "", ""
-        crosscoder, latent = found
-        given = crosscoder.human.get(latent)
-        return crosscoder.label(latent), crosscoder.category(latent) or None, given.note if given else "", ""
+    def fill_form(path: str) -> tuple[list[str | None], list[str], list[str | None], str]:
+        return *labelling.form_of(study.latent(path), path), ""
 
     @app.callback(
         output=[Output("message", "children", allow_duplicate=True), Output("saved", "data")],
         inputs={"clicks": Input("save", "n_clicks")},
         state={
             "path": State("url", "pathname"),
+            "shown": State("shown", "data"),
             "values": [State(name, "value") for name in fields],
             "who": State("who", "value"),
             "saved": State("saved", "data"),
         },
         prevent_initial_call=True,
     )
-    def save(clicks: int, path: str, values: list, who: str | None, saved: int) -> tuple[str, object]:
-        found = study.latent(path)
-        label, category, note = ((value or "").strip() for value in values)
-        is_new = found is not None and found[1] not in found[0].human
-        if found is None or (is_new and not (label or category)) or not (who or "").strip():
-            return "Give a label or a category, and your name.", no_update
-        if category and category not in study.groups:
-            return f"{category} is no category of the taxonomy.", no_update
-        append_label(found[0].folder, HumanLabel(found[1], label, category, note, str(who).strip(), now()))
-        return "Saved." if label or category else "Withdrawn.", saved + 1
+    def save(clicks: int, path: str, shown: list[str], values: list, who: str | None, saved: int) -> tuple[str, object]:
+        said = labelling.save(study.latent(path), path, shown, values, who, study.groups)
+        return said, saved + 1 if said in (labelling.SAVED, labelling.WITHDRAWN) else no_update
 
 
 def _comparing(app: Dash, study: Study) -> None:

@@ -19,7 +19,8 @@ from analysis.annotations import Annotation, read_annotations
 from analysis.categories import Placed, read_categories
 from analysis.columns import Columns, members_of, models_of, nu_column, owners_in_order, read_columns
 from analysis.config import NOT_MODELS
-from analysis.human import HUMAN, HumanLabel, read_labels
+from analysis.examples import reading
+from analysis.human import HUMAN, RECORD, HumanLabel, read_labels
 from analysis.scores import SCORED, SCORES, Score, read_scores
 from extract.errors import BadInput
 
@@ -92,7 +93,7 @@ def folders_in(outputs: Path) -> list[Path]:
 
 def load(folder: Path) -> Crosscoder:
     """An analysis folder as it is now; what did not change since the last call is not read again."""
-    names = (LATENTS, EXAMPLES, ANNOTATIONS, CATEGORIES, SCORES, HUMAN)
+    names = (LATENTS, EXAMPLES, ANNOTATIONS, CATEGORIES, SCORES, RECORD, HUMAN)
     stamps = tuple(path.stat().st_mtime_ns if (path := folder / name).exists() else 0 for name in names)
     with READING:
         return _load(folder, stamps[:-1], stamps[-1])
@@ -137,4 +138,4 @@ def own_nu(columns: Columns, models: Sequence[str], name: str) -> np.ndarray:
 
 def database(folder: Path) -> closing[sqlite3.Connection]:
     """The documents of an analysis folder, to be read only."""
-    return closing(sqlite3.connect(f"file:{folder / EXAMPLES}?mode=ro", uri=True))
+    return reading(folder)

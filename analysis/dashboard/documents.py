@@ -12,18 +12,18 @@ from dash import html
 from dash.development.base_component import Component
 
 from analysis.dashboard.crosscoders import database
-from analysis.examples import Example, read_examples, read_samples
+from analysis.examples import Example, has_samples, read_examples, read_samples
 from analysis.excerpts import Span, spans_of
+from analysis.samples import NEAR_MISS
 
 MAX_DOCUMENTS = 100
-# Where a document shows if nothing fires in it.
-START = {0: 0.0}
+TOP = "top"
 
 
 def shown_documents(folder: Path, latent: int, kind: str, context: int) -> Component:
     """The documents of one kind ("top", "activating", "near_miss" or "silent"), `context` tokens of each."""
     with database(folder) as opened:
-        found = _top(opened, latent) if kind == "top" else _drawn(opened, latent, kind)
+        found = _top(opened, latent) if kind == TOP else _drawn(opened, latent, kind)
         strongest = max((max(example.activations.values()) for _, example in found), default=0.0)
         shown = [_document(opened, heading, example, context, strongest) for heading, example in found]
     nothing = html.P("No documents of this kind are stored for this latent.", className="quiet")
@@ -36,8 +36,10 @@ def _top(opened: sqlite3.Connection, latent: int) -> list[tuple[str, Example]]:
 
 
 def _drawn(opened: sqlite3.Connection, latent: int, kind: str) -> list[tuple[str, Example]]:
-    """Samples of one kind, the strongest first; none where the analysis is from before samples were stored."""
-    if not opened.execute("SELECT 1 FROM sqlite_master WHERE name = 'samples'").fetchone():
+    """Samples of one kind, the strongest first, those in which nothing fires around their best token or their start;
+    none where the analysis is from before samples were stored.
+    """
+    if not has_samples(opened):
         return []
     samples = [sample for sample in read_samples(opened, latent) if sample.kind == kind]
     samples.sort(key=lambda sample: (-(sample.quantile or 0), -(sample.max_activation or 0.0)))
@@ -45,8 +47,8 @@ def _drawn(opened: sqlite3.Connection, latent: int, kind: str) -> list[tuple[str
         (
             f"stratum {sample.quantile}, maximum {sample.max_activation:.3g}"
             if sample.quantile is not None
-            else {"near_miss": f"best value below the threshold {sample.max_activation:.3g}"}.get(kind, "never fires"),
-            replace(sample, activations=sample.activations or START),
+            else {NEAR_MISS: f"best value below the threshold {sample.max_activation:.3g}"}.get(kind, "never fires"),
+            replace(sample, activations=sample.activations or {sample.position or 0: 0.0}),
         )
         for sample in samples
     ]

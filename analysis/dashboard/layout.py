@@ -5,9 +5,11 @@ from __future__ import annotations
 from dash import dcc, html
 from dash.development.base_component import Component
 
+from analysis.dashboard.documents import TOP
 from analysis.dashboard.filters import ORDERS
+from analysis.samples import ACTIVATING, NEAR_MISS, SILENT
 
-KINDS = {"top": "top", "activating": "by strength", "near_miss": "near misses", "silent": "silent"}
+KINDS = {TOP: "top", ACTIVATING: "by strength", NEAR_MISS: "near misses", SILENT: "silent"}
 CONTEXTS = {64: "64 tokens", 256: "256 tokens", 1_000_000: "whole documents"}
 
 
@@ -18,9 +20,11 @@ def page(study: str, pairs: list[str], categories: list[str]) -> Component:
             dcc.Location(id="url"),
             dcc.Store(id="page", data=0),
             dcc.Store(id="saved", data=0),
+            dcc.Store(id="shown", data=[]),
             html.Header(
                 [html.H1(study), dcc.Link("Latents", href="/"), dcc.Link("Compare", href="/compare", id="to-compare")]
             ),
+            html.Div(id="problem", role="alert"),
             html.Main([_filters(pairs), _table(), _latent(categories)], id="browse"),
             html.Main(_comparison(pairs), id="compare"),
         ]
@@ -62,7 +66,7 @@ def _latent(categories: list[str]) -> Component:
             _form(categories),
             html.Div(
                 [
-                    dcc.RadioItems(KINDS, "top", id="kind", inline=True),
+                    dcc.RadioItems(KINDS, TOP, id="kind", inline=True),
                     _choice("context", [{"label": name, "value": size} for size, name in CONTEXTS.items()], 64),
                 ],
                 className="shown",

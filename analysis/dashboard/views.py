@@ -14,7 +14,7 @@ from dash.development.base_component import Component
 
 from analysis.columns import nu_column, pair_column
 from analysis.dashboard.crosscoders import Crosscoder
-from analysis.scores import Score
+from analysis.scores import NONE, Score
 
 HEADING = ("latent", "owner", "label", "category", "confidence")
 NUMBERS = ("ν error", "ν recon.", "frequency", "max")
@@ -83,7 +83,7 @@ def facts(crosscoder: Crosscoder, latent: int) -> Component:
 
 
 def _score(score: Score) -> str:
-    judged_by = " by another's description" if score.control != "none" else ""
+    judged_by = " by another's description" if score.control != NONE else ""
     return f"{score.kind}{judged_by} {score.balanced_accuracy:.2f} ({score.low:.2f} to {score.high:.2f})"
 
 

@@ -74,6 +74,12 @@ async def _ask(missing: list[Question], settler: Settler, llm: LlmConfig, ledger
             missing = settle_stored(missing, settler, ledger)
         if not missing:
             return
+        if unknown := ledger.unknown():
+            print(
+                f"requests whose answers never came may have cost up to {dollars(unknown)}, which counts as spent "
+                "(usd_unknown in costs.csv)",
+                flush=True,
+            )
         found = await estimate(client, missing, llm, ledger)
         check_budget(found, missing, llm, ledger.spent())
         budget = Budget(llm.max_usd, ledger.spent())

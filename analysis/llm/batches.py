@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from anthropic import APIError, APIStatusError, AsyncAnthropic
 from anthropic.types.messages import MessageBatch
 
+from analysis.json_lines import json_text, lines_of
 from analysis.llm.budget import Budget, BudgetSpent
-from analysis.llm.client import Patience, fatal, is_passing, said, where
+from analysis.llm.client import Patience, fatal, is_passing, is_unsure, said, where
 from analysis.llm.config import LlmConfig
 from analysis.llm.ledger import Ledger, OpenBatch
 from analysis.llm.messages import request_of
@@ -59,10 +60,15 @@ class Batches:
             self._stop.because(error)
 
     async def resume(self, questions: set[str]) -> None:
-        """Reads batches with `questions` that earlier runs have created; forgets those intended and not created."""
+        """Reads batches that earlier runs have created, and forgets those intended and not created.
+
+        Those without any of `questions`, such as of an older prompt, are paid for, too: they are read if they have
+        ended, and count as spent at their worst until then.
+        """
         try:
             for batch in self._ledger.open_batches():
-                if questions.isdisjoint(batch.attempts):
+                waits = not questions.isdisjoint(batch.attempts)
+                if not waits and not (batch.name and await self._has_ended(batch.name)):
                     continue
                 name = batch.name or await self._find(batch)
                 if name is None:
@@ -78,14 +84,16 @@ class Batches:
     async def _send(self, questions: list[Question], worst: dict[str, float]) -> None:
         while questions := [question for question in questions if not self._concluded(question)]:
             chosen = self._next(questions, worst)
-            number = self._ledger.intend_batch(chosen)
+            number = self._ledger.intend_batch(chosen, worst)
             await self._finish(number, await self._create(number, chosen))
             self._budget.spent = self._ledger.spent()
 
     def _concluded(self, question: Question) -> bool:
         """Whether a question has its outcome, by a response or by what keeps it from one."""
         if question.id in self._rejected:
-            self._settler.fail(question, self._rejected[question.id])
+            # As in requests of their own: final only if the model takes others of this kind.
+            taken = self._ledger.has_response(question.kind, question.model)
+            (self._settler.refuse if taken else self._settler.fail)(question, self._rejected[question.id])
             return True
         errors = self._errors.get(question.id, [])
         if len(errors) > self._llm.max_retries:
@@ -126,6 +134,8 @@ class Batches:
                 if retries == self._llm.max_retries:
                     raise self._gave_up(error) from error
                 await self._patience.back_off(error, retries)
+                if not is_unsure(error):
+                    continue
             batch = next(batch for batch in self._ledger.open_batches() if batch.number == number)
             if name := await self._find(batch):
                 return name
@@ -148,7 +158,7 @@ class Batches:
     def _enter(self, question: str, attempt: int, result: dict[str, Any]) -> None:
         """One result of a batch: a response, or why there is none."""
         if result["type"] == "succeeded":
-            text = json.dumps(result["message"], ensure_ascii=False)
+            text = json_text(result["message"])
             self._ledger.complete(attempt, priced(text, self._ledger.model_of(question), self._llm, batch=True))
             return
         error = (result.get("error") or {}).get("error") or {}
@@ -158,6 +168,11 @@ class Batches:
             self._rejected[question] = text
         else:
             self._errors.setdefault(question, []).append(text)
+
+    async def _has_ended(self, name: str) -> bool:
+        """Whether there is nothing to wait for, which is so of a batch that the server no longer has, too."""
+        batch = await self._patiently(lambda: self._client.messages.batches.retrieve(name))
+        return batch is None or batch.processing_status == "ended"
 
     async def _results(self, name: str) -> dict[str, dict[str, Any]]:
         """Results by question id, once the batch has ended; none of a batch that the server no longer has."""
@@ -172,18 +187,26 @@ class Batches:
             self._check_stop(f"batch {name} goes on at the server; the same command reads it")
         path = f"/v1/messages/batches/{name}/results"
         text = await self._patiently(lambda: self._client.get(path, cast_to=str)) or ""
-        entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        entries = [json.loads(line) for line in lines_of(text)]
         return {entry["custom_id"]: entry["result"] for entry in entries}
 
     async def _find(self, wanted: OpenBatch) -> str | None:
-        """The server's id of a batch whose creation was not confirmed, if it was created."""
+        """The server's id of a batch whose creation was not confirmed, if it was created.
+
+        Only results name their questions; so candidates, which have the right size and time, are read, those that have
+        ended first.
+        """
         known, found = self._ledger.known_batches(), []
         for batch in await self._patiently(self._recent(wanted.created - CLOCK_SKEW_S)) or []:
             counts = batch.request_counts
             size = counts.processing + counts.succeeded + counts.errored + counts.canceled + counts.expired
             if batch.id not in known and size == len(wanted.attempts):
-                found.append(batch.id)
-        for name in found:
+                found.append((batch.processing_status != "ended", batch.id))
+        for goes_on, name in sorted(found):
+            if goes_on:
+                print(
+                    f"batch {name} may hold {len(wanted.attempts)} questions of this study: waiting for it", flush=True
+                )
             if (await self._results(name)).keys() == wanted.attempts.keys():
                 self._ledger.name_batch(wanted.number, name)
                 return name

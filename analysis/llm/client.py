@@ -20,6 +20,8 @@ TOKEN_VARIABLE = "ANTHROPIC_AUTH_TOKEN"
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 60.0
 # What the next request would meet as well: no key, no money, no right, no such model.
 FATAL = (401, 402, 403, 404)
+# What the same request would meet again, and others need not.
+FINAL = (400, 413, 422)
 # Times that a request which costs nothing is sent again.
 FREE_RETRIES = 2
 
@@ -28,7 +30,7 @@ Result = TypeVar("Result")
 
 def connect(llm: LlmConfig) -> AsyncAnthropic:
     """A client that never retries by itself: every attempt is entered in the ledger. BadInput without a key."""
-    key, token = os.environ.get(llm.key_variable), os.environ.get(TOKEN_VARIABLE)
+    key, token = _secret(llm.key_variable), _secret(TOKEN_VARIABLE)
     if not key and not token and not llm.base_url:
         raise BadInput(
             f"No key: the environment variable {llm.key_variable} (analysis.llm.key_variable) is not set. Export it, "
@@ -36,11 +38,25 @@ def connect(llm: LlmConfig) -> AsyncAnthropic:
         )
     return AsyncAnthropic(
         api_key=key or (None if token else "none"),
-        auth_token=None if key else token,
-        base_url=llm.base_url,
+        auth_token=None if key or not token else token,
+        # Local servers print an address with the path that the client adds.
+        base_url=llm.base_url and llm.base_url.rstrip("/").removesuffix("/v1"),
         max_retries=0,
         timeout=llm.timeout_s,
     )
+
+
+def _secret(variable: str) -> str:
+    """What a variable holds, without the line end of a mounted file. BadInput, which does not show it, if no header can
+    carry it.
+    """
+    secret = os.environ.get(variable, "").strip()
+    if not (secret.isascii() and secret.isprintable()) or " " in secret:
+        raise BadInput(
+            f"The key in the environment variable {variable} holds blanks, line ends or characters beyond ASCII, which "
+            "no key has. Export the key alone."
+        )
+    return secret
 
 
 def where(llm: LlmConfig) -> str:
@@ -52,8 +68,29 @@ def said(error: APIError) -> str:
     """An error in one line: its status and what the server wrote."""
     if isinstance(error, APIStatusError):
         return f"{error.status_code} {' '.join((error.api_message or error.message).split())[:300]}"
-    kind = "timed out" if isinstance(error, APITimeoutError) else "connection lost"
-    return f"{kind}: {str(error.__cause__ or error).rstrip('.')}"
+    if isinstance(error, APITimeoutError):
+        return "timed out; raise analysis.llm.timeout_s if answers take longer"
+    # Of errors within a request that was not sent, such as headers that cannot be, the text may hold a key.
+    cause = error.__cause__
+    return f"connection lost: {type(cause).__name__ if cause else str(error).rstrip('.')}"
+
+
+def may_be_charged(error: APIError) -> bool:
+    """Whether the request may have been answered all the same: it was sent, and nothing is known of what came of it."""
+    cause = type(error.__cause__).__name__
+    return isinstance(error, APIConnectionError) and cause not in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+
+
+def is_unsure(error: APIError) -> bool:
+    """Whether the server may have done what it was asked to: it did not answer, or failed within."""
+    if isinstance(error, APIStatusError):
+        return error.status_code >= 500 and error.status_code != 529
+    return may_be_charged(error)
+
+
+def is_final(error: APIError) -> bool:
+    """Whether the server finds fault with this one request, as it will whenever it is sent: too long, or blocked."""
+    return isinstance(error, APIStatusError) and error.status_code in FINAL
 
 
 def is_passing(error: APIError) -> bool:
@@ -68,14 +105,18 @@ def is_passing(error: APIError) -> bool:
 
 def fatal(error: APIError, model: str, llm: LlmConfig) -> BadInput | None:
     """What to tell the user of an error that every other request would meet as well."""
-    if not isinstance(error, APIStatusError) or error.status_code not in FATAL:
+    if not isinstance(error, APIStatusError):
+        return None
+    # The API has said that there is no money with the status of a wrong request, too.
+    status = 402 if error.status_code == 400 and "credit balance" in said(error) else error.status_code
+    if status not in FATAL:
         return None
     remedy = {
         401: f"Check the key in {llm.key_variable} (analysis.llm.key_variable).",
         402: "Check the account's credit; what is answered is kept.",
         403: f"The key in {llm.key_variable} may not use this model: choose another analysis.llm.model.",
         404: "Choose a model that is served: analysis.llm.model, or analysis.llm.second_model if it is that one.",
-    }[error.status_code]
+    }[status]
     return BadInput(f"{where(llm)} refuses requests to the model {model} ({said(error)}). {remedy}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,11 +68,11 @@ def check_llm(llm: LlmConfig) -> None:
         if getattr(llm, name) < 1:
             raise BadInput(f"analysis.llm.{name} ({getattr(llm, name)}) must be at least 1.")
     for name in ("timeout_s", "poll_s"):
-        if getattr(llm, name) <= 0:
+        if not 0 < getattr(llm, name) < math.inf:
             raise BadInput(f"analysis.llm.{name} ({getattr(llm, name)}) must be positive.")
     for name in ("max_usd", "max_retries"):
-        if getattr(llm, name) < 0:
-            raise BadInput(f"analysis.llm.{name} ({getattr(llm, name)}) must not be negative.")
+        if not 0 <= getattr(llm, name) < math.inf:
+            raise BadInput(f"analysis.llm.{name} ({getattr(llm, name)}) must be a number from 0 on.")
     if llm.mode not in MODES:
         raise BadInput(f'analysis.llm.mode ({llm.mode}) must be "sync" or "batch".')
     if llm.effort not in EFFORTS:
@@ -84,7 +85,7 @@ def check_llm(llm: LlmConfig) -> None:
             "with each other, set analysis.llm.repeats."
         )
     for model, price in llm.prices.items():
-        if len(price) != 4 or min(price) < 0:
+        if len(price) != 4 or not all(0 <= usd < math.inf for usd in price):
             raise BadInput(
                 f"analysis.llm.prices.{model} ({price}) must be four numbers: dollars per million tokens of input, "
                 "output, cache write and cache read."

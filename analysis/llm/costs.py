@@ -10,13 +10,15 @@ from analysis.llm.questions import OUTCOMES
 from extract.publish import publish
 
 COSTS = "costs.csv"
-COLUMNS = ("kind", "model", "requests", *OUTCOMES, *USAGE, "usd")
+COLUMNS = ("kind", "model", "requests", *OUTCOMES, *USAGE, "usd", "usd_unknown")
 
 
 def write_costs(ledger: Ledger) -> None:
-    """Publishes `costs.csv` beside the ledger. `requests` counts all attempts, also those without a response."""
+    """Publishes `costs.csv` beside the ledger. `requests` counts all attempts, also those without a response;
+    `usd_unknown` is the most that those of unknown fate may have cost.
+    """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, "usd": f"{row['usd']:.6f}"} for row in ledger.costs())
+    writer.writerows({**row, **{name: f"{row[name]:.6f}" for name in ("usd", "usd_unknown")}} for row in ledger.costs())
     publish(ledger.path.with_name(COSTS), text.getvalue().encode())

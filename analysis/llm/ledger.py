@@ -4,10 +4,12 @@
     questions(id, kind, subject, repeat, model, system, schema, prompt, max_tokens, effort,
               outcome, value, reason)           outcome and what follows are null until there is one
     attempts(number, question, batch, started, ended, status, error, response, message,
-             input_tokens, cache_read_tokens, cache_write_tokens, output_tokens, usd)
+             input_tokens, cache_read_tokens, cache_write_tokens, output_tokens, usd, usd_unknown, max_tokens)
     batches(number, id, created, ended)         id is null between the intent to create a batch and its creation
 
 `status` of an attempt: sent (no response yet: under way, or lost with the process that sent it), response, error.
+`usd_unknown` is the most that it may have cost while nobody knows whether it was answered, as after a timeout or a
+kill: it counts as spent. `max_tokens` of a question is that of the first time it was put, of an attempt its own.
 An attempt is written before its request is sent, and its response before the next request, in synchronous transactions;
 so a killed process loses at most the responses that were on their way. One process at a time may ask.
 """
@@ -35,7 +37,7 @@ CREATE TABLE IF NOT EXISTS questions(id TEXT PRIMARY KEY, kind TEXT, subject TEX
 CREATE TABLE IF NOT EXISTS attempts(number INTEGER PRIMARY KEY, question TEXT, batch INTEGER, started REAL, ended REAL,
     status TEXT, error TEXT, response TEXT, message TEXT, input_tokens INTEGER DEFAULT 0,
     cache_read_tokens INTEGER DEFAULT 0, cache_write_tokens INTEGER DEFAULT 0, output_tokens INTEGER DEFAULT 0,
-    usd REAL DEFAULT 0);
+    usd REAL DEFAULT 0, usd_unknown REAL DEFAULT 0, max_tokens INTEGER DEFAULT 0);
 CREATE INDEX IF NOT EXISTS attempts_question ON attempts(question);
 CREATE INDEX IF NOT EXISTS attempts_batch ON attempts(batch);
 CREATE TABLE IF NOT EXISTS batches(number INTEGER PRIMARY KEY, id TEXT, created REAL, ended REAL);
@@ -55,6 +57,8 @@ class Response:
     message: str
     usage: dict[str, int]
     usd: float
+    # Tokens that it was allowed to have; what is not in the ledger yet does not say.
+    max_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Ledger:
             # Exclusive locking first: the write-ahead log then needs no shared memory, which network disks lack.
             self._database.executescript("PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL")
             self._database.executescript(f"PRAGMA synchronous = FULL; BEGIN IMMEDIATE; {SCHEMA} COMMIT")
+            self._add_columns()
         except sqlite3.OperationalError as error:
             self._database.close()
             if "locked" not in str(error):
@@ -95,6 +100,13 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self._database.execute("PRAGMA journal_mode = DELETE")  # one file again, for those who copy or read it
         self._database.close()
+
+    def _add_columns(self) -> None:
+        """Those that ledgers of earlier versions lack."""
+        there = {row[1] for row in self._database.execute("PRAGMA table_info(attempts)")}
+        for name, kind in (("usd_unknown", "REAL"), ("max_tokens", "INTEGER")):
+            if name not in there:
+                self._database.execute(f"ALTER TABLE attempts ADD COLUMN {name} {kind} DEFAULT 0")
 
     @contextmanager
     def grouped(self) -> Iterator[None]:
@@ -117,10 +129,13 @@ class Ledger:
                 ) from error
 
     def _write(self, statement: str, values: tuple[Any, ...]) -> int:
-        """One change, durable on return unless changes are grouped; the number of the row that it inserted."""
+        """One change, durable on return unless changes are grouped; the number of the row that it inserted. Halves of
+        characters, of which models and servers may write some, are escaped: no SQLite text can hold them.
+        """
+        held = [v.encode("utf-8", errors="backslashreplace").decode() if isinstance(v, str) else v for v in values]
         if not self._database.in_transaction:
             self._database.execute("BEGIN IMMEDIATE")
-        row = self._database.execute(statement, values).lastrowid
+        row = self._database.execute(statement, held).lastrowid
         if not self._grouping:
             self.commit()
         return int(row or 0)
@@ -149,39 +164,55 @@ class Ledger:
             (outcome, json.dumps(value), reason, question.id),
         )
 
-    def begin(self, question: Question, batch: int | None = None) -> int:
-        """Enters an attempt that is about to be sent, and returns its number."""
-        statement = "INSERT INTO attempts(question, batch, started, status) VALUES (?, ?, ?, 'sent')"
-        return self._write(statement, (question.id, batch, time.time()))
+    def begin(self, question: Question, batch: int | None = None, worst: float = 0.0) -> int:
+        """Enters an attempt that is about to be sent and may cost `worst`, and returns its number."""
+        names = "question, batch, started, status, usd_unknown, max_tokens"
+        values = (question.id, batch, time.time(), worst, question.max_tokens)
+        return self._write(f"INSERT INTO attempts({names}) VALUES (?, ?, ?, 'sent', ?, ?)", values)
 
     def complete(self, attempt: int, response: Response) -> None:
         """Enters the response of an attempt."""
         values = (response.text, response.message, *(response.usage[name] for name in USAGE), response.usd)
         self._write(
             "UPDATE attempts SET status = 'response', ended = ?, response = ?, message = ?, "
-            f"{', '.join(f'{name} = ?' for name in USAGE)}, usd = ? WHERE number = ?",
+            f"{', '.join(f'{name} = ?' for name in USAGE)}, usd = ?, usd_unknown = 0 WHERE number = ?",
             (time.time(), *values, attempt),
         )
 
-    def fail(self, attempt: int, error: str) -> None:
-        """Enters why an attempt has no response."""
+    def fail(self, attempt: int, error: str, charged: bool = False) -> None:
+        """Enters why an attempt has no response, and whether it may have cost something all the same."""
         self._write(
-            "UPDATE attempts SET status = 'error', ended = ?, error = ? WHERE number = ?",
-            (time.time(), error, attempt),
+            "UPDATE attempts SET status = 'error', ended = ?, error = ?, usd_unknown = usd_unknown * ? "
+            "WHERE number = ?",
+            (time.time(), error, int(charged), attempt),
         )
 
     def responses(self, question: Question) -> list[Response]:
         """What came to a question, oldest first."""
         rows = self._database.execute(
-            f"SELECT response, message, {', '.join(USAGE)}, usd FROM attempts "
+            f"SELECT response, message, {', '.join(USAGE)}, usd, max_tokens FROM attempts "
             "WHERE question = ? AND status = 'response' ORDER BY number",
             (question.id,),
         )
-        return [Response(row[0], row[1], dict(zip(USAGE, row[2:6], strict=True)), row[6]) for row in rows]
+        return [Response(row[0], row[1], dict(zip(USAGE, row[2:6], strict=True)), *row[6:]) for row in rows]
 
     def spent(self) -> float:
-        """Dollars of all responses of the study."""
-        return float(self._database.execute("SELECT total(usd) FROM attempts").fetchone()[0])
+        """Dollars of all responses of the study, and the most that attempts of unknown fate may have cost."""
+        return float(self._database.execute("SELECT total(usd) + total(usd_unknown) FROM attempts").fetchone()[0])
+
+    def unknown(self) -> float:
+        """Dollars that attempts of unknown fate may have cost at most."""
+        return float(self._database.execute("SELECT total(usd_unknown) FROM attempts").fetchone()[0])
+
+    def has_response(self, kind: str, model: str) -> bool:
+        """Whether a model has ever responded to questions of a kind."""
+        found = "SELECT 1 FROM attempts JOIN questions ON question = id WHERE kind = ? AND model = ? AND status = ?"
+        return self._database.execute(f"{found} LIMIT 1", (kind, model, "response")).fetchone() is not None
+
+    def num_concluded(self, kind: str, model: str) -> int:
+        """Questions of a kind to a model that will not be asked again."""
+        statement = "SELECT count(*) FROM questions WHERE kind = ? AND model = ? AND outcome != 'failed'"
+        return int(self._database.execute(statement, (kind, model)).fetchone()[0])
 
     def mean_output(self, kind: str, model: str) -> float | None:
         """Mean output tokens of the responses of a kind and model, if there are ten."""
@@ -200,12 +231,14 @@ class Ledger:
         usage = {name: sum(response.usage[name] for response in responses) for name in USAGE}
         return Answer(question.id, *found, question.model, usage, sum(response.usd for response in responses))
 
-    def intend_batch(self, questions: list[Question]) -> int:
-        """Enters that a batch of these questions is about to be created, and returns its number here."""
+    def intend_batch(self, questions: list[Question], worst: dict[str, float]) -> int:
+        """Enters that a batch of these questions is about to be created, and returns its number here. `worst` is the
+        most that each may cost, by id.
+        """
         with self.grouped():
             number = self._write("INSERT INTO batches(created) VALUES (?)", (time.time(),))
             for question in questions:
-                self.begin(question, number)
+                self.begin(question, number, worst[question.id])
         return number
 
     def name_batch(self, number: int, name: str) -> None:
@@ -218,7 +251,8 @@ class Ledger:
             now = time.time()
             self._write("UPDATE batches SET ended = ? WHERE number = ?", (now, number))
             self._write(
-                "UPDATE attempts SET status = 'error', ended = ?, error = ? WHERE batch = ? AND status = 'sent'",
+                "UPDATE attempts SET status = 'error', ended = ?, error = ?, usd_unknown = 0 "
+                "WHERE batch = ? AND status = 'sent'",
                 (now, error, number),
             )
 
@@ -250,7 +284,7 @@ class Ledger:
         counted = self._database.execute(
             f"SELECT kind, model, {outcomes} FROM questions GROUP BY kind, model ORDER BY kind, model"
         ).fetchall()
-        sums = ", ".join(f"sum({name})" for name in (*USAGE, "usd"))
+        sums = ", ".join(f"sum({name})" for name in (*USAGE, "usd", "usd_unknown"))
         used = {
             row[:2]: row[2:]
             for row in self._database.execute(
@@ -258,8 +292,8 @@ class Ledger:
                 "GROUP BY kind, model"
             )
         }
-        nothing = (0,) * (len(USAGE) + 2)
-        names = ("kind", "model", *OUTCOMES, "requests", *USAGE, "usd")
+        nothing = (0,) * (len(USAGE) + 3)
+        names = ("kind", "model", *OUTCOMES, "requests", *USAGE, "usd", "usd_unknown")
         return [dict(zip(names, (*row, *used.get(row[:2], nothing)), strict=True)) for row in counted]
 
 

@@ -6,6 +6,9 @@ import json
 import re
 from typing import Any
 
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
 from analysis.llm.config import LlmConfig
 from analysis.llm.questions import Question, Validate
 
@@ -14,14 +17,6 @@ CUT_OFF = ("max_tokens", "model_context_window_exceeded")
 COMPLETE = ("end_turn", "stop_sequence")
 # Local servers that know no schemas often put JSON into a Markdown fence.
 MARKDOWN_FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n```", re.DOTALL)
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "integer": int,
-    "number": (int, float),
-    "boolean": bool,
-}
 
 
 def request_of(question: Question, llm: LlmConfig) -> dict[str, Any]:
@@ -73,34 +68,27 @@ def judge(question: Question, text: str, validate: Validate) -> tuple[str, dict[
     return ("invalid", None, problem) if problem else ("answered", value, "")
 
 
+def is_cut_off(text: str) -> bool:
+    """Whether a raw response ended because it could not grow."""
+    return (_object(text) or {}).get("stop_reason") in CUT_OFF
+
+
 def _object(text: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_number)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
 
 
-def problem_of(value: Any, schema: dict[str, Any], name: str = "the answer") -> str | None:
-    """Where a value departs from a JSON schema: types, required and unknown properties, items, enum."""
-    kind = schema.get("type")
-    if kind and (not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "boolean")):
-        return f"{name} is not of type {kind}"
-    if kind == "string" and any("\ud800" <= character <= "\udfff" for character in value):
-        return f"{name} holds half a character"
-    if "enum" in schema and value not in schema["enum"]:
-        return f"{name} ({str(value)[:80]!r}) is none of the {len(schema['enum'])} choices"
-    if kind == "array":
-        problems = (problem_of(item, schema.get("items", {}), f"{name}[{i}]") for i, item in enumerate(value))
-        return next((problem for problem in problems if problem), None)
-    return _problem_of_object(value, schema, name) if kind == "object" else None
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
-def _problem_of_object(value: dict[str, Any], schema: dict[str, Any], name: str) -> str | None:
-    properties = schema.get("properties", {})
-    missing = [key for key in schema.get("required", ()) if key not in value]
-    unknown = [key for key in value if key not in properties and schema.get("additionalProperties") is False]
-    if missing or unknown:
-        return f"{name} lacks {missing[0]!r}" if missing else f"{name} has the unknown property {unknown[0][:80]!r}"
-    problems = (problem_of(value[key], part, key) for key, part in properties.items() if key in value)
-    return next((problem for problem in problems if problem), None)
+def problem_of(value: Any, schema: dict[str, Any]) -> str | None:
+    """Where a value departs from a JSON schema, or holds half a character, which no file can hold."""
+    error = best_match(Draft202012Validator(schema).iter_errors(value))
+    if error:
+        return f"{error.json_path}: {error.message[:200]}"
+    halves = any("\ud800" <= character <= "\udfff" for character in json.dumps(value, ensure_ascii=False))
+    return "the answer holds half a character" if halves else None

@@ -32,8 +32,11 @@ class Question:
 
     @cached_property
     def id(self) -> str:
-        """sha256 of everything that is asked: another wording of a prompt is another question."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """sha256 of what is asked: another wording of a prompt is another question. A higher limit of the answer is
+        not: what was answered within the lower one stays answered.
+        """
+        asked = {name: value for name, value in asdict(self).items() if name != "max_tokens"}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

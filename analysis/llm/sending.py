@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from anthropic import APIError, AsyncAnthropic
 
 from analysis.llm.budget import Budget
-from analysis.llm.client import Patience, fatal, is_passing, said, where
+from analysis.llm.client import Patience, fatal, is_final, is_passing, may_be_charged, said, where
 from analysis.llm.config import LlmConfig
 from analysis.llm.ledger import Ledger
 from analysis.llm.messages import request_of
@@ -98,22 +98,22 @@ class Sender:
     async def _answer(self, question: Question, worst: float) -> None:
         """Asks until the answer counts, as often as is allowed."""
         while not self._settler.settle(question):
-            error = await self._respond(question, worst)
-            if error:
-                self._settler.fail(question, error)
+            if not await self._respond(question, worst):
                 return
 
-    async def _respond(self, question: Question, worst: float) -> str | None:
-        """Brings one response into the ledger, through all retries; or says why there is none."""
+    async def _respond(self, question: Question, worst: float) -> bool:
+        """Brings one response into the ledger, through all retries; or concludes the question without, and is False."""
         for retries in itertools.count():
             await self._patience.turn()
             error = await self._attempt(question, worst)
             if error is None:
-                return None
+                return True
             if not is_passing(error):
-                return self._reject(question, error)
+                self._reject(question, error)
+                return False
             if retries == self._llm.max_retries:
-                return f"{said(error)}, the last of {retries + 1} attempts"
+                self._settler.fail(question, f"{said(error)}, the last of {retries + 1} attempts")
+                return False
             await self._patience.back_off(error, retries)
         raise AssertionError("counting does not end")
 
@@ -123,7 +123,7 @@ class Sender:
         cost = 0.0
         try:
             self._check_stop()
-            attempt = self._ledger.begin(question)
+            attempt = self._ledger.begin(question, worst=worst)
             await self._commits.soon().wait()
             self._check_stop(attempt)
             raw = await self._client.messages.with_raw_response.create(**request_of(question, self._llm))
@@ -131,7 +131,8 @@ class Sender:
             cost = response.usd
             self._ledger.complete(attempt, response)
         except APIError as error:
-            self._ledger.fail(attempt, said(error))
+            cost = worst if may_be_charged(error) else 0.0
+            self._ledger.fail(attempt, said(error), charged=cost > 0)
             return error
         finally:
             self._budget.settle(worst, cost)
@@ -144,15 +145,21 @@ class Sender:
                 self._ledger.fail(attempt, "not sent")
             raise Halted
 
-    def _reject(self, question: Question, error: APIError) -> str:
-        """Why this question alone cannot be asked; BadInput if none can."""
-        self._rejected += 1
+    def _reject(self, question: Question, error: APIError) -> None:
+        """Concludes a question that cannot be asked; BadInput if none can.
+
+        As long as the model has answered nothing of this kind, the fault may be the settings': then it is asked again.
+        """
         everywhere = fatal(error, question.model, self._llm)
         if everywhere:
             raise everywhere
-        if self._rejected >= MAX_REJECTED and not self._settler.num_responded:
+        if self._ledger.has_response(question.kind, question.model):
+            (self._settler.refuse if is_final(error) else self._settler.fail)(question, said(error))
+            return
+        self._rejected += 1
+        if self._rejected >= MAX_REJECTED:
             raise BadInput(
                 f"{where(self._llm)} refuses every request: {said(error)}. For a server without JSON schemas set "
                 "analysis.llm.send_schema=false; for a model without effort levels, analysis.llm.effort=null."
             )
-        return said(error)
+        self._settler.fail(question, said(error))

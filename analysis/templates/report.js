@@ -3,7 +3,7 @@
 (() => {
   const PER_PAGE = 24, WEAKEST = 0.2; // the weakest mark that is still seen on paper
   const CONFIDENCE = ["high", "medium", "low"];
-  const FILTERS = ["search", "owner", "category", "confidence", "outcome", "error", "reconstruction", "order"];
+  const FILTERS = ["search", "owner", "category", "confidence", "certainty", "outcome", "error", "reconstruction", "order"];
   const get = (id) => document.getElementById(id);
   const box = get("cards");
   document.documentElement.classList.add("js");
@@ -17,7 +17,6 @@
     card.anchor = `${card.pair}-${card.latent}`;
     card.home = `${card.owner} in ${card.pair}`;
     card.level = CONFIDENCE.indexOf(card.confidence) < 0 ? CONFIDENCE.length : CONFIDENCE.indexOf(card.confidence); // without a confidence: last
-    if (card.human && card.human.category) card.category = card.human.category;
     return card;
   });
   const byAnchor = new Map(cards.map((card) => [card.anchor, card]));
@@ -95,7 +94,8 @@
       fact("ν reconstruction", number(card.reconstruction, 3), make("span", "empty", interval(card.reconstructionRange, 2))),
       fact("fires on", card.frequency === null ? "–" : `${number(100 * card.frequency, 3)} %`),
       fact("max", number(card.max, 1)),
-      fact("", card.dedicated ? "dedicated" : "free"));
+      fact("", card.dedicated ? "dedicated" : "free"),
+      fact("ν", card.certainty));
     for (const [kind, value, low, high] of card.scores) facts.append(fact(kind, number(value), make("span", "empty", interval([low, high], 2))));
     if (card.histogram) facts.append(fact("", histogramOf(card.histogram)));
     const shares = card.shares.filter(([, share]) => share >= 0.05).map(([name, share]) => `${name} ${Math.round(100 * share)} %`);
@@ -105,7 +105,7 @@
       make("span", "of", make("b", "", card.owner), ` only · ${card.pair} · ${card.latent}`),
       headingOf(card), placeOf(card), facts,
       make("p", "", [card.pattern, card.description].filter(Boolean).join(" — "), make("span", "empty", `${judged} Annotator: ${card.annotator}.`)));
-    if (card.human) article.append(make("p", "", make("b", "", "By hand"), ` ${[card.human.label, card.human.category, card.human.note].filter(Boolean).join(" · ")} `, make("span", "empty", `${card.human.who}; automatic label: ${card.label || card.outcome}`)));
+    if (card.human) article.append(make("p", "", make("b", "", "By hand"), ` ${[card.human.label, card.human.category, card.human.note].filter(Boolean).join(" · ")} `, make("span", "empty", [card.human.who, `automatic label: ${card.label || card.outcome}`].filter(Boolean).join("; "))));
     if (card.twins.length) article.append(make("p", "empty", "Near-duplicates: ", ...card.twins.slice(0, 8).flatMap((latent) => [linkTo(`${card.pair}-${latent}`, String(latent)), " "]), card.twins.length > 8 ? `and ${card.twins.length - 8} more` : ""));
     const most = Math.max(...card.documents.map((entry) => entry[2]), 0) || 1;
     article.append(...card.documents.map((entry) => documentOf(entry, most)));
@@ -135,6 +135,7 @@
       (!value.owner || card.home === value.owner) &&
       (!value.category || card.category === value.category || `class ${card.class}` === value.category) &&
       (!value.confidence || card.confidence === value.confidence) &&
+      (!value.certainty || card.certainty === value.certainty) &&
       (!value.outcome || card.outcome === value.outcome) &&
       within(card, "error") && within(card, "reconstruction") &&
       words.every((word) => wordsOf(card).includes(word)));
@@ -184,6 +185,7 @@
   addOptions("owner", distinct("home"));
   addOptions("category", [...distinct("category").sort(), ...classes.sort().map((name) => `class ${name}`)]);
   addOptions("confidence", CONFIDENCE.filter((level) => cards.some((card) => card.confidence === level)));
+  addOptions("certainty", distinct("certainty").sort());
   addOptions("outcome", distinct("outcome").sort());
   for (const id of ["error", "reconstruction"]) {
     const largest = Math.max(...cards.map((card) => Math.abs(card[id] ?? 0)));

@@ -216,11 +216,11 @@ def write_tags(path: Path, tuned: str) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(TAG_COLUMNS)
         for index, value in enumerate(values):
-            nothing = ["", *["nan"] * 7, 40, 900, False]
+            nothing = ["", *["nan"] * 7, 40, 900, False, 20, 300]
             writer.writerow(["behaviour", value, "base", *nothing])
             f1 = 0.96 - index / 100
-            found = [mine.get(value), 1.25, f1, f1 - 0.05, f1 + 0.02, 0.991, 0.972, 0.999, 40, 900, True]
-            weak = [next(iter(mine.values())), 0.5, 0.21, 0.11, 0.33, 0.61, 0.52, 0.7, 40, 900, False]
+            found = [mine.get(value), 1.25, f1, f1 - 0.05, f1 + 0.02, 0.991, 0.972, 0.999, 40, 900, True, 20, 300]
+            weak = [next(iter(mine.values())), 0.5, 0.21, 0.11, 0.33, 0.61, 0.52, 0.7, 40, 900, False, 20, 300]
             writer.writerow(["behaviour", value, tuned, *(found if value in mine else weak)])
 
 

@@ -23,6 +23,7 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from analysis.json_lines import json_text
 from tests.analysis.messages_rules import CUSTOM_ID, MODELS, Refused, by_schema, check, content_of, message_of
 
 FAULTS = (
@@ -203,7 +204,7 @@ class Handler(BaseHTTPRequestHandler):
         elif parts[0] not in known:
             raise Refused(404, f"batch: {parts[0]}")
         elif parts[1:] == ["results"]:
-            lines = (json.dumps(result) + "\n" for result in known[parts[0]]["results"])
+            lines = (json_text(result) + "\n" for result in known[parts[0]]["results"])
             self._send(200, "".join(lines).encode(), "application/x-jsonl")
         else:
             self._json(self.stub.describe_batch(known[parts[0]]))

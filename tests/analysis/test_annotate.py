@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from analysis.annotate import ANNOTATOR, Annotation, annotate, read_annotations
+from analysis.annotations import write_annotations
 from analysis.config import AnnotateConfig
 from analysis.examples import Example
 from analysis.offline import describe, fragment, judge
@@ -131,6 +133,16 @@ def test_every_owned_latent_gets_one_record_and_nobody_else(tmp_path: Path) -> N
     before = (folder / "annotations.jsonl").read_bytes()
     annotate(settings, folder)
     assert (folder / "annotations.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\u0085", "\r", "\x0c", "\x1e", "\ud83d"])
+def test_annotations_come_back_whatever_characters_they_hold(tmp_path: Path, end: str) -> None:
+    settings, (folder, _) = make_study(tmp_path)
+    annotate(settings, folder)
+    first, *others = read_annotations(folder)
+    records = [replace(first, label=f"a{end}b", reason=f"{end}"), *others]
+    write_annotations(folder, records)
+    assert read_annotations(folder) == records
 
 
 def test_a_failure_leaves_the_old_annotations(tmp_path: Path) -> None:

@@ -25,6 +25,21 @@ def test_of_single_latents_it_is_the_binomial_bootstrap() -> None:
     assert change == pytest.approx((1 / high - 1, 1 / low - 1), rel=0.12)
 
 
+SINGLE = (units_of_counts([10, 5], 40), units_of_counts([5, 20], 30))
+
+
+def test_numbers_of_single_latents_are_drawn_as_the_latents_are() -> None:
+    lost = Units(np.arange(20), np.full((20, 1), LOST), np.ones(20, int))
+    a = Units(np.arange(75), np.concatenate([SINGLE[0].votes_nV, lost.votes_nV]), np.ones(75, int))
+    assert a.are_single and SINGLE[1].are_single
+    laid_out = [units(np.repeat(one.votes_nV, 2, axis=1).tolist()) for one in (a, SINGLE[1])]
+    assert not any(one.are_single for one in laid_out)
+    assert not units([[0], [0]], clusters=[0, 0]).are_single
+    for drawn, other in zip(bootstrap(a, SINGLE[1], 2, 20_000), bootstrap(*laid_out, 2, 20_000), strict=True):
+        assert drawn.difference == pytest.approx(other.difference, abs=0.021)
+        assert drawn.change == pytest.approx(other.change, rel=0.13)
+
+
 def coverage(size: int, clustered: bool, num: int = 400) -> float:
     """How often the 95 % interval of the difference covers it; latents come as clusters of `size` equal ones."""
     rng = np.random.default_rng(0)
@@ -79,7 +94,8 @@ def test_clusters_of_a_category_are_counted_by_their_kind() -> None:
 
 
 def test_chunks_do_not_change_what_is_drawn_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = units_of_counts([10, 5], 40), units_of_counts([5, 20], 30)
+    # Each latent has its vote twice, so that latents are drawn and not their numbers.
+    a, b = (units(np.repeat(one.votes_nV, 2, axis=1).tolist()) for one in SINGLE)
     whole = bootstrap(a, b, 2, 3000)
     monkeypatch.setattr("analysis.bootstrap.CHUNK", 500)
     for first, second in zip(whole, bootstrap(a, b, 2, 3000), strict=True):

@@ -12,7 +12,7 @@ from analysis.annotate import annotate
 from analysis.annotations import read_annotations, write_annotations
 from analysis.cards import Card, Histogram, Score, cards_of, histogram_of, nu_range
 from analysis.categories import CATEGORIES, not_described, read_categories, write_categories
-from analysis.config import ReportConfig
+from analysis.config import OwnerConfig, ReportConfig
 from analysis.human import HumanLabel, append_label
 from analysis.taxonomy import categorise
 from tests.analysis.made_study import make_study
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def cards_by_latent(folder: Path) -> dict[int, Card]:
-    return {card.latent: card for card in cards_of(folder, ReportConfig(), set())}
+    return {card.latent: card for card in cards_of(folder, ReportConfig(), set(), OwnerConfig())}
 
 
 def test_a_latent_that_was_not_described_says_why_and_has_no_category(folder: Path) -> None:
@@ -113,3 +113,12 @@ def test_the_interval_of_several_models_is_that_of_the_worst_one() -> None:
     row = {"owner": "a", "nu_error_a_b": 0.1, "nu_error_a_c": -0.3, "nu_error_a_b_low": 0.0, "nu_error_a_b_high": 0.2}
     row |= {"nu_error_a_c_low": -0.4, "nu_error_a_c_high": -0.2}
     assert nu_range("nu_error", row, ["a", "b", "c"]) == (-0.4, -0.2)
+
+
+def test_a_card_says_whether_a_threshold_lies_within_an_interval(folder: Path) -> None:
+    """nu_error of the made latents is below 0.15, its interval 0.05 to either side; dedicated ones pass below 0.75."""
+    assert {card.certainty for card in cards_by_latent(folder).values()} == {"certain"}
+    narrow = OwnerConfig(max_nu_error=0.01)
+    assert {card.certainty for card in cards_of(folder, ReportConfig(), set(), narrow)} == {
+        "threshold within the interval"
+    }

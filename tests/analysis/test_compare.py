@@ -6,21 +6,18 @@ import csv
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from analysis.annotate import annotate
-from analysis.bootstrap import Units, units_of_counts
 from analysis.changes import Change, Comparison
-from analysis.compare import counts_settings, show
+from analysis.compare import compare_file, counts_settings, default_folder, show
 from analysis.compare_config import CompareConfig
 from analysis.comparison import check_reference, compare, comparisons_of, outputs_of
-from analysis.comparison_tables import changes_table, table_of
-from analysis.counts import Counts, columns_of_folders, read_counts
+from analysis.counts import columns_of_folders, read_counts
 from analysis.pairwise import compare_counts, pairs_of_models
-from analysis.selected import Side
 from analysis.taxonomy import categorise, load_taxonomy
 from extract.errors import BadInput
 from tests.analysis.made_study import make_study, write_latents
@@ -118,76 +115,6 @@ def test_which_models_are_compared() -> None:
         check_reference(models, "sipmo")
 
 
-def made_counts(sides: tuple[Side, Side], clusters: int = 0) -> Counts:
-    """40 latents of a outside x, 40 of b of which 12 in x; those 12 form `clusters` clusters if that is given."""
-    a, b = units_of_counts([0], 40), units_of_counts([12], 28)
-    if clusters:
-        b.cluster_n[:] = np.unique(
-            np.where(np.arange(40) < 12, np.arange(40) % clusters, np.arange(40)), return_inverse=True
-        )[1]
-    return Counts("category", ["a", "b"], {"x": [0, 12]}, [40, 40], units=(a, b), sides=sides)
-
-
-def test_near_duplicates_take_a_claim_away() -> None:
-    sides = (Side(40, 0, frozenset({"llm"})), Side(40, 0, frozenset({"llm"})))
-    (apart,) = compare_counts(made_counts(sides), CONFIG)
-    assert apart.changes[0].may_be_claimed and "clusters" not in apart.caveat
-    (one,) = compare_counts(made_counts(sides, clusters=1), CONFIG)
-    (change,) = one.changes
-    # One cluster is in no resample with probability (28/29)^29 = .36: its share can be 0, as that of a.
-    assert change.q < 0.05 and change.bootstrap_difference_low == 0 and not change.may_be_claimed
-    assert "In spite of its q" in change.claim and "x too, in spite of a q below 0.05" in one.claim
-    assert "40 and 29 clusters of near-duplicates, which permutations and resamples keep whole" in one.caveat
-    assert change.p_clusters == pytest.approx(29 / 69, abs=0.05) and apart.changes[0].p_clusters == apart.changes[0].p
-    # Left out as a whole, nothing remains of x.
-    assert change.without_one_low == 0 and apart.changes[0].without_one_low == math.inf
-    assert one.global_p > 0.2 > apart.global_p
-
-
-def test_near_duplicates_do_not_make_claims_out_of_nothing() -> None:
-    """40 clusters of three equal latents in either model, all alike: Fisher's test takes them for 120."""
-    rng = np.random.default_rng(1)
-    sides = (Side(120, 0, frozenset()),) * 2
-    num, claimed, called = 60, 0, 0
-    for seed in range(num):
-        names = [np.repeat(rng.integers(0, 5, 40), 3) for _ in sides]
-        units = tuple(Units(np.repeat(np.arange(40), 3), row[:, None], np.ones(120, int)) for row in names)
-        by_name = {str(name): [int((row == name).sum()) for row in names] for name in range(5)}
-        counts = Counts("category", ["a", "b"], by_name, [120, 120], units=units, sides=sides)
-        (comparison,) = compare_counts(counts, CompareConfig(resamples=300, seed=seed))
-        claimed += any(change.may_be_claimed for change in comparison.changes)
-        called += any(change.q < 0.05 for change in comparison.changes)
-    assert called / num > 0.3 and claimed / num <= 0.1
-
-
-def test_different_annotators_take_all_claims_away() -> None:
-    sides = (Side(40, 0, frozenset({"offline"})), Side(40, 3, frozenset({"llm"})))
-    (comparison,) = compare_counts(made_counts(sides), CONFIG)
-    assert comparison.claim.startswith(
-        "Nothing may be claimed: the latents of a were named by offline, those of b by llm"
-    )
-    assert "different annotators" in comparison.changes[0].claim
-    assert "People put 0 and 3 of them into their categories." in comparison.caveat
-
-
-def test_a_model_without_latents_is_said_to_have_none() -> None:
-    sides = (Side(4, 0, frozenset()), Side(5, 0, frozenset({"llm"})))
-    units = (units_of_counts([0], 0), units_of_counts([3], 2))
-    counts = Counts("category", ["a", "b"], {"x": [0, 3]}, [0, 5], units=units, sides=sides)
-    (comparison,) = compare_counts(counts, CONFIG)
-    nothing = (
-        "Nothing can be compared: a has 0 latents of its own that are in a category (of 4 selected) and b has 5 latents"
-    )
-    assert comparison.claim.startswith(nothing)
-    assert comparison.changes[0].claim.startswith("Nothing can be compared")
-    assert table_of(comparison).printed[0][:3] == ["x", "0/0", "–"]
-    assert changes_table(comparison, 5).printed == []
-    counts = Counts("class", ["a", "b"], {"x": [0, 0]}, [0, 0], units=(units[0], units[0]), sides=sides)
-    (neither,) = compare_counts(counts, CONFIG)
-    assert neither.claim.startswith("Nothing can be compared") and neither.global_p == 1
-    assert changes_table(neither, 5).printed[0][:3] == ["x", "–", "–"]
-
-
 def test_counts_alone_say_what_they_do_not_know(tmp_path: Path) -> None:
     rows: list[list[object]] = [["x", 1, 1], ["unclassified", 3, 0]]
     (comparison,) = compared(write_counts(tmp_path / "c.csv", ["category", "a", "b"], rows))
@@ -202,7 +129,28 @@ def test_counts_alone_say_what_they_do_not_know(tmp_path: Path) -> None:
     [
         ("", "first line"),
         ("category,it\nx,1\n", "at least two"),
+        ("Safety & Content Moderation,18,19\nLinguistic Capabilities,7,8\n", "the first line is 'Safety & Content"),
+        ("category,18,19\nx,7,8\n", "by names that are no numbers"),
+        ("category,it,0.5\nx,7,8\n", "by names that are no numbers"),
+        (",it,dpo\nx,7,8\n", "first line is ',it,dpo'"),
+        ("category,it,dpo,\nx,7,8,9\n", "at least two different models"),
+        ("category,it,dpo\n,3,4\nx,1,2\n", "line 2 names no category"),
+        ("category,it,dpo\n\n\nx,1,2\nx,3,4\n", "line 5: 'x' occurs twice"),
+        (f"category,it,dpo\n{'x' * 200_000},1,2\n", "line 2, is no CSV: field larger"),
+        ("category,it,dpo\nx,1000000000000,2\n", "line 2: 1000000000000 latents in row 'x' are more than 100000"),
+        (f"category,it,dpo\nx,{'9' * 5000},2\n", "are more than 100000"),
+        ("category,it,dpo\nx,60000,2\ny,60000,2\n", "it has 120000 latents, more than 100000"),
+        (
+            "category,it,dpo\nSaftey & Content Moderation,1,2\nLinguistic Capabilities,3,4\n",
+            "'Saftey & Content Moderation' is not in the taxonomy, which has 'Linguistic Capabilities'. "
+            "Did you mean 'Safety & Content Moderation'",
+        ),
+        (
+            "category,it,dpo\nCode Generation & Analysis,1,2\nLinguistic Capabilities,3,4\n",
+            "'Linguistic Capabilities' is a class and 'Code Generation & Analysis' a category",
+        ),
         ("category,it,it\nx,1,2\n", "different models"),
+        ("Category;it;dpo\nx;0,5;2\n", "line 2: '0,5' in row 'x' is not a count"),
         ("category,it,dpo\nx,0.5,2\n", "'0.5' in row 'x' is not a count"),
         ("category,it,dpo\nx,-1,2\n", "'-1'"),
         ("category,it,dpo\nx,1\n", "1 counts for 2 models"),
@@ -223,6 +171,38 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path.write_bytes("category,it,dpo\nübrig,1,2\n".encode("latin-1"))
     with pytest.raises(BadInput, match=r"counts\.csv\) is not UTF-8"):
         read_counts(path, load_taxonomy())
+
+
+def test_spreadsheets_semicolons_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "counts.csv"
+    path.write_bytes(b"\xef\xbb\xbfCategory;it;dpo\r\n x ;1;2\r\n;;\r\n")
+    (counts,) = read_counts(path, load_taxonomy())
+    assert (counts.models, counts.by_name, counts.totals) == (["it", "dpo"], {"x": [1, 2]}, [1, 2])
+
+
+def test_the_largest_files_are_compared_in_seconds(tmp_path: Path) -> None:
+    """100,000 latents a side are counted and drawn by their numbers, not laid out 10,000 times."""
+    rows: list[list[object]] = [["x", 9_000, 9_100], ["unclassified", 91_000, 90_900]]
+    path = write_counts(tmp_path / "c.csv", ["category", "a", "b"], rows)
+    started = time.monotonic()
+    (comparison,) = compared(path, CompareConfig())
+    # Laid out, 10,000 permutations of 200,000 latents take a minute.
+    assert time.monotonic() - started < 30
+    assert comparison.global_p == pytest.approx(comparison.changes[0].p, abs=0.03)
+
+
+def test_every_file_has_its_folder() -> None:
+    assert default_folder(Path("analysis/published/classes.csv")) == Path("outputs/compare/analysis/published/classes")
+    assert default_folder(Path("/some/where/classes.csv")) == Path("outputs/compare/some/where/classes")
+    assert default_folder(Path("../classes.txt")) == Path(
+        "outputs/compare", *Path.cwd().parent.parts[1:], "classes.txt"
+    )
+
+
+def test_names_of_another_taxonomy_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_counts(tmp_path / "c.csv", ["category", "a", "b"], [["mine", 5, 6], ["yours", 2, 3]])
+    compare_file([f"counts={path}", f"outputs={tmp_path / 'o'}", "resamples=50"])
+    assert "No row is in the taxonomy: the tests are corrected for the 2 names" in capsys.readouterr().out
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -255,6 +235,16 @@ def test_only_pairs_that_share_a_base_are_compared(tmp_path: Path) -> None:
     assert written == [f"{name}.{ending}" for name in names for ending in ("csv", "tex")]
     config = settings.analysis.compare
     assert sorted(outputs_of(config, folders)) == [f"tables/{name}" for name in written]
+    for name in (
+        "class_simpo_gone.csv",
+        "changes_category_a_b.tex",
+        "leaderboard_a_b.csv",
+        "owners.csv",
+        "class_a.txt",
+    ):
+        (tables / name).write_text("of an earlier run")
+    compare(settings, folders)
+    assert {path.name for path in tables.iterdir()} - set(written) == {"owners.csv", "class_a.txt"}
     assert comparisons_of(settings, folders[:1]) == []
     assert outputs_of(config, folders[:1]) == ("tables/flow.csv", "tables/flow.tex")
 
@@ -283,6 +273,7 @@ def test_the_terminal_shows_names_with_latents_and_each_caveat_once(tmp_path: Pa
     [
         ("reasmples=200", "reasmples.*Settings beside counts=FILE: .*resamples"),
         ("confidence=95", r"confidence \(95.0\) must lie between 0 and 1"),
+        ("seed=-1", r"^seed \(-1\) must be at least 0"),
         ("resamples=0", r"resamples \(0\) must be at least 1"),
         ("power=1", r"power \(1.0\)"),
         ("power=0.05", r"power \(0.05\) must exceed 1 - confidence \(0.05\)"),

@@ -1,5 +1,7 @@
 """Every cross-check of the section `analysis` names the setting, its value and the remedy."""
 
+import math
+
 import pytest
 
 from analysis.config import AnalysisConfig, AnalysisSettings, check_analysis
@@ -35,12 +37,24 @@ def test_the_defaults_are_valid_and_those_of_the_method() -> None:
         ("examples.num_quantiles", 0, "analysis.examples.num_quantiles"),
         ("examples.num_silent", -1, "analysis.examples.num_silent"),
         ("intervals.groups", 1, "analysis.intervals.groups"),
+        ("intervals.groups", 1000000, "analysis.intervals.groups .* must be at most 1024"),
+        ("intervals.seed", -1, "analysis.intervals.seed"),
+        ("examples.seed", -1, "analysis.examples.seed"),
+        ("nulls.seed", -1, "analysis.nulls.seed"),
+        ("examples.sampled", "some", r"analysis.examples.sampled \(some\) must be"),
+        ("owner.max_nu_error", math.nan, "analysis.owner.max_nu_error"),
+        ("owner.shared_low", math.nan, "shared_low"),
+        ("save_minutes", math.nan, "analysis.save_minutes"),
         ("intervals.confidence", 95.0, "analysis.intervals.confidence"),
         ("nulls.num_latents", 0, "analysis.nulls.num_latents"),
         ("annotate.num_documents", 21, "analysis.examples.top_documents"),
         ("device", "tpu", "analysis.device"),
         ("report.redact", "True", "analysis.report.redact"),
         ("report.max_megabytes", 0.0, "analysis.report.max_megabytes"),
+        ("tags.seed", -1, r"analysis\.tags\.seed \(-1\) must not be negative"),
+        ("taxonomy.most_categories", 0, r"analysis\.taxonomy\.most_categories \(0\) must be at least 1"),
+        ("scoring.seed", -1, r"analysis\.scoring\.seed \(-1\) must not be negative"),
+        ("agreement.seed", -1, r"analysis\.agreement\.seed \(-1\) must not be negative"),
     ],
 )
 def test_a_value_that_cannot_be_used(name: str, value: object, message: str) -> None:

@@ -152,10 +152,29 @@ def test_documents_of_every_kind_show_their_heat(tmp_path: Path) -> None:
     silent = sqlite3.connect(folder / "examples.sqlite")
     with silent:
         silent.execute("DELETE FROM samples")
-        silent.execute("INSERT INTO samples VALUES (300, 'silent', NULL, 0, 0.0, '[]')")
+        silent.execute("INSERT INTO samples VALUES (300, 'silent', NULL, 0, 0.0, '[]', NULL)")
     silent.close()
     assert "never fires" in str(shown_documents(folder, 300, "silent", 10))
     assert "No documents of this kind" in str(shown_documents(folder, 300, "near_miss", 10))
+
+
+def test_near_misses_show_where_they_are_nearest(tmp_path: Path) -> None:
+    folder = made(tmp_path)[1][0]
+    with sqlite3.connect(folder / "examples.sqlite") as database:
+        words = json.dumps([f" w{i}" for i in range(300)])
+        database.execute("UPDATE documents SET text_tokens = ? WHERE document = 0", (words,))
+        database.execute("INSERT INTO samples VALUES (300, 'near_miss', NULL, 0, 0.5, '[]', 250)")
+    database.close()
+    shown = str(shown_documents(folder, 300, "near_miss", 10))
+    assert " w250" in shown and " w0 " not in shown and "best value below the threshold 0.5" in shown
+
+
+def test_samples_of_an_earlier_version_are_not_shown(tmp_path: Path) -> None:
+    folder = made(tmp_path)[1][0]
+    with sqlite3.connect(folder / "examples.sqlite") as database:
+        database.execute("ALTER TABLE samples DROP COLUMN position")
+    database.close()
+    assert "No documents of this kind" in str(shown_documents(folder, 300, "silent", 10))
 
 
 def test_addresses_name_a_latent_or_nothing(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None and not os.environ.get("CROSSDIFF_REQUIRE_CHROMIUM"), reason="Chromium is not installed"
 )
+expect.set_options(timeout=60_000)  # milliseconds; a machine that does other things is slow
 # What would run as script, load an image or change the page, if any of it were taken for HTML.
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><b id=owned>bold</b>"
 
@@ -187,6 +188,8 @@ def test_html_and_script_are_text(page: Page, address: str, seen: Seen) -> None:
 def test_labels_by_hand_are_kept(page: Page, address: str, study: Path) -> None:
     page.goto(f"{address}/latent/base_simpo/302")
     expect(page.locator("#latent-title")).to_contain_text("base_simpo / 302")
+    expect(page.locator("#hand-label")).to_have_value("")  # the annotator's label is no answer of this person
+    expect(page.locator("#hand-label")).to_have_attribute("placeholder", re.compile(r"\w"))
     page.fill("#hand-label", "formal letters")
     page.click("#save")
     expect(page.locator("#message")).to_have_text("Give a label or a category, and your name.")

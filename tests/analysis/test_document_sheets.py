@@ -56,7 +56,8 @@ def test_a_person_who_always_says_no_agrees_by_chance_alone(
     sheet = tmp_path / "sheet.csv"
     settings.export = str(sheet)
     main(settings)
-    key = read_key(tmp_path / "analysis" / "people" / "documents" / "sheet.key.csv")
+    (path,) = (tmp_path / "analysis" / "people" / "documents").glob("sheet.*.key.csv")
+    key = read_key(path)
     verdicts = {
         ("base_simpo", row["latent"], row["document"]): row["verdict"] == "True"
         for row in rows_of(folder / "verdicts.csv")
@@ -74,6 +75,31 @@ def test_a_person_who_always_says_no_agrees_by_chance_alone(
     sheet.write_text("id,active\n" + "".join(f"{identity},maybe\n" for identity in key))
     with pytest.raises(BadInput, match="'maybe' is no answer that there is. Known: yes, no"):
         main(settings)
+
+
+def test_documents_of_one_latent_are_one_cluster(
+    judged: tuple[AgreementSettings, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A person who agrees with the judge on all documents of four latents and on none of the fifth's."""
+    settings, folder, _ = judged
+    said = [["part_1", "part_2", "part_3", "answer"]]
+    for row in rows_of(folder / "verdicts.csv"):
+        if (row["kind"], row["control"]) == ("detection", "none"):
+            agrees = (row["verdict"] == "True") == (row["latent"] != "5")
+            said.append(["base_simpo", row["latent"], row["document"], "yes" if agrees else "no"])
+    people = tmp_path / "analysis" / "people" / "documents"
+    people.mkdir(parents=True)
+    (people / "anna.csv").write_text("".join(",".join(line) + "\n" for line in said))
+    main(settings)
+    (row,) = [row for row in rows_of(folder / "agreement.csv") if row["level"] == "document"]
+    assert float(row["value"]) == pytest.approx(0.6) and row["num_latents"] == "100"
+    # One of five clusters is turned over: of 100 single documents the interval would be 0.44 to 0.76.
+    assert float(row["high"]) == pytest.approx(1.0) and float(row["low"]) < 0.3
+    for line in said[1:]:
+        line[3] = "no"
+    (people / "anna.csv").write_text("".join(",".join(line) + "\n" for line in said))
+    main(settings)
+    assert "unknown" in capsys.readouterr().out
 
 
 def test_without_a_judge_there_are_no_documents(judged: tuple[AgreementSettings, Path, str], tmp_path: Path) -> None:

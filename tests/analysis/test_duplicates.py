@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -64,12 +66,13 @@ def test_zero_rows_are_like_nothing() -> None:
     assert len(similar(torch.zeros(0, 3), 0.9)[0]) == 0
 
 
-def test_shared_documents_tell_duplicates_from_splits() -> None:
+def test_shared_documents_tell_duplicates_from_splits(tmp_path: Path) -> None:
     """Latent 2 fires on 1, latent 5 on 1, 2, 3, latent 9 on 3, 4: of four documents 1 and 3 are shared."""
     fired = [(2, 1), (5, 1), (5, 2), (5, 3), (9, 3), (9, 4), (7, 1), (7, 9)]
     rows = [{"latent": latent, "document": document, "max_activation": 1.0} for latent, document in fired]
     _, groups = grouped()
-    table = list(csv.DictReader(io.StringIO(groups_csv(groups, pa.Table.from_pylist(rows, SCHEMA)))))
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "maxima.parquet")
+    table = list(csv.DictReader(io.StringIO(groups_csv(groups, tmp_path / "maxima.parquet"))))
     assert [(row["group"], row["size"], row["latents"]) for row in table] == [("2", "3", "2 5 9"), ("4", "2", "4 11")]
     assert (table[0]["num_documents"], table[0]["shared_documents"]) == ("4", "2")
     assert (table[1]["num_documents"], table[1]["shared_documents"]) == ("", "")  # of a set of models: not gathered

@@ -128,9 +128,10 @@ def test_examples_as_sqlite(tmp_path: Path) -> None:
     write_tokens(tmp_path, documents)
     top = TopDocuments(NUM_LATENTS, 2)
     top.add(grouped([(0, 1, 4, 0.5), (0, 2, 4, 1.5), (1, 1, 4, 2.5), (1, 2, 0, 1 / 3)]))
-    silent = DocumentFirings.silent(np.array([4]), np.array([2]), np.array([0.25]))
-    firings = DocumentFirings.concatenate([grouped([(0, 1, 4, 0.5), (0, 2, 4, 1.5)]), silent])
-    drawn = DrawnSamples(firings, ["activating", "near_miss"], np.array([3, -1]))
+    silent = DocumentFirings.silent(np.array([4]), np.array([1]), np.array([0.0]))
+    parts = [grouped([(0, 1, 4, 0.5), (0, 2, 4, 1.5)]), grouped([(2, 5, 4, 0.25)]), silent]
+    kinds = ["activating", "near_miss", "silent"]
+    drawn = DrawnSamples(DocumentFirings.concatenate(parts), kinds, np.array([3, -1, -1]))
     path = tmp_path / "examples.sqlite"
     for _ in range(2):  # a second writing replaces the first
         write_examples(path, top.result(), drawn, TokenStore(tmp_path / "tokens"), tokenizer.decode)
@@ -152,11 +153,14 @@ def test_examples_as_sqlite(tmp_path: Path) -> None:
         (4, 1, 0, 1.5, [[1, 0.5], [2, 1.5]]),
     ]
     assert samples == [
-        (4, "activating", 3, 0, 1.5, "[[1, 0.5], [2, 1.5]]"),
-        (4, "near_miss", None, 2, 0.25, "[]"),
+        (4, "activating", 3, 0, 1.5, "[[1, 0.5], [2, 1.5]]", 2),
+        (4, "near_miss", None, 2, 0.25, "[]", 5),
+        (4, "silent", None, 1, 0.0, "[]", None),
     ]
     assert [plan[0][3].split()[4] for plan in plans] == ["examples_latent", "samples_latent"]
-    assert [(s.kind, s.quantile, s.document, s.max_activation) for s in read] == [row[1:5] for row in samples]
+    assert [(s.kind, s.quantile, s.document, s.max_activation, s.position) for s in read] == [
+        (*row[1:5], row[6]) for row in samples
+    ]
     assert read[0].activations == {1: 0.5, 2: 1.5} and read[1].tokens == ("<bos>", *"drawn")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["examples.sqlite", "tokens"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib.colors
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
@@ -16,7 +17,7 @@ from analysis.columns import Columns, of_two_models, read_columns
 from analysis.comparison import compare_counts
 from analysis.config import CompareConfig, OwnerConfig
 from analysis.counts import Counts
-from analysis.figure_comparison import forest, percent_change
+from analysis.figure_comparison import MAX_RATIO, forest, forest_caption
 from analysis.figure_selection import PANELS
 from analysis.null_ranges import NullRange
 from tests.analysis.made_study import write_latents
@@ -43,12 +44,28 @@ def test_curves_leave_out_steps_without_a_value() -> None:
     assert figure.axes[0].lines[0].get_xdata().tolist() == [1]
 
 
-def test_the_histogram_counts_every_living_latent_once(latents: Columns) -> None:
-    figure = figure_selection.single_panel("delta_norm", latents, MODELS, COLOURS, OwnerConfig())
-    bars = [patch for patch in figure.axes[0].patches if patch.get_width() > 0]
-    assert sum(patch.get_height() for patch in bars) == (latents["owner"] != "dead").sum()
-    last = matplotlib.colors.to_rgba(COLOURS["simpo"])
-    assert sum(patch.get_height() for patch in bars if patch.get_facecolor() == last) == 3
+def test_the_histogram_counts_every_living_latent_once_and_every_outline_from_zero(latents: Columns) -> None:
+    axes = figure_selection.single_panel("delta_norm", latents, MODELS, COLOURS, OwnerConfig()).axes[0]
+    outlines = {patch.get_label(): patch for patch in axes.patches if "(" in patch.get_label()}
+    counts = {name: np.nansum(patch.get_data().values) for name, patch in outlines.items()}
+    assert sum(counts.values()) == (latents["owner"] != "dead").sum()
+    # The three own latents at Delta-norm 1 are three of the axis' height, whatever else lies there.
+    own = outlines["simpo-only (3)"]
+    assert counts["simpo-only (3)"] == 3 and own.get_data().baseline == 0 and np.nanmax(own.get_data().values) == 3
+    assert own.get_edgecolor() == matplotlib.colors.to_rgba(COLOURS["simpo"])
+    assert own.get_zorder() >= max(patch.get_zorder() for patch in outlines.values())
+
+
+def test_the_legend_of_the_histogram_lies_above_the_axes(latents: Columns) -> None:
+    figure = figure_selection.figure_one(latents, MODELS, COLOURS, OwnerConfig())
+    canvas, axes = FigureCanvasAgg(figure), figure.axes[0]
+    canvas.draw()
+    legend = axes.get_legend().get_window_extent()
+    assert legend.y0 >= axes.get_window_extent().y1
+    (letter,) = (text for text in axes.findobj(Text) if text.get_text() == "a")
+    assert not legend.overlaps(letter.get_window_extent()) and axes.get_ylim()[1] < 10 * 400
+    # The smallest axis value leaves room for the boxes of both thresholds.
+    assert -OwnerConfig().max_nu_reconstruction_dedicated > figure_selection.NU_LOW
 
 
 def test_the_scatter_marks_the_models_own_latents(latents: Columns) -> None:
@@ -65,6 +82,7 @@ def test_the_forest_shows_shares_and_intervals_in_percent() -> None:
     figure = forest(comparison, COLOURS)
     shares, differences, ratios = figure.axes
     assert [label.get_text() for label in shares.get_yticklabels()] == ["x  2 | 4"]  # y has no latent in either
+    assert shares.get_xlim()[0] < 0, "points at 0 % lie off the names"
     points = sorted(line.get_xdata()[0] for line in shares.lines)
     assert points == pytest.approx([100 * 2 / 112, 100 * 4 / 89])
     low, high = differences.collections[0].get_segments()[0][:, 0]
@@ -143,4 +161,26 @@ def test_changes_without_a_bound_are_arrows() -> None:
     marks = [(line.get_marker(), line.get_ydata()[0]) for line in ratios.lines if line.get_marker() in "<>o"]
     # Rows from below: z, y, x. x rises from nothing, y falls to nothing, z stays.
     assert marks == [("o", 0), ("<", 1), (">", 2)]
-    assert [percent_change(ratio) for ratio in (1, 8, 1 / 8)] == ["0", "+700\u2009%", "−88\u2009%"]
+    # Their ratios are 0 and infinite: hollow, at the ends.
+    ends = [(line.get_xdata()[0], line.get_markerfacecolor()) for line in ratios.lines if line.get_marker() in "<>"]
+    assert ends == [(1 / MAX_RATIO, "white"), (MAX_RATIO, "white")]
+    assert [label.get_text() for label in ratios.get_xticklabels()] == ["1/8", "1", "8"]
+    assert "ratio" in ratios.get_xlabel()
+
+
+def test_an_arrow_of_an_interval_alone_is_filled() -> None:
+    counts = Counts("category", ["simpo", "dpo"], {"x": [1, 9]}, [100, 100])
+    (comparison,) = compare_counts(counts, CompareConfig(resamples=50))
+    ratios = forest(comparison, COLOURS).axes[2]
+    arrows = [line.get_markerfacecolor() for line in ratios.lines if line.get_marker() == ">"]
+    assert arrows == [figures.INK]
+    assert [line.get_xdata()[0] for line in ratios.lines if line.get_marker() == "o"] == [pytest.approx(9)]
+
+
+def test_what_may_be_claimed_has_a_star_in_the_figure_and_the_caption_says_so() -> None:
+    counts = Counts("category", ["simpo", "dpo"], {"x": [5, 60], "y": [40, 38]}, [100, 100])
+    (comparison,) = compare_counts(counts, CompareConfig(resamples=200))
+    names = [label.get_text() for label in forest(comparison, COLOURS).axes[0].get_yticklabels()]
+    assert names == ["y  40 | 38", "x  5 | 60 *"]
+    caption = forest_caption(comparison)
+    assert "a star marks what may be claimed: 1 of 2" in caption and "95\u00a0% Wilson" in caption

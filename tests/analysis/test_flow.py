@@ -13,9 +13,12 @@ import pytest
 from analysis.annotations import Annotation, write_annotations
 from analysis.bootstrap import IN_NONE, LOST
 from analysis.categories import Placed, write_categories
+from analysis.changes import Comparison
+from analysis.compare_config import CompareConfig
 from analysis.counts import counts_of_folders
 from analysis.flow import FlowRow, flow_of, flow_table
 from analysis.human import HumanLabel, append_label
+from analysis.pairwise import compare_counts
 from analysis.selected import read_selected, units_of
 from analysis.taxonomy import load_taxonomy
 from extract.errors import BadInput
@@ -145,13 +148,38 @@ def test_people_take_the_place_of_annotators_only_where_they_are_to(tmp_path: Pa
     # 12 from other to STYLE (the last label), 13 from lost to CODE; 16 has no category from people, 25 is nobody's.
     assert counts.totals == [6, 5]
     assert counts.by_name[CODE] == [4, 3] and counts.by_name[STYLE] == [2, 1]
-    assert counts.sides[0].num_by_people == 2 and counts.annotator == "stub"
+    assert counts.sides[0].num_by_people == 2 and counts.annotator == "people (ann); stub"
+    assert [set(side.annotators) for side in counts.sides] == [{"people (ann)", "stub"}, {"stub"}]
     rows = [row for row in flow_of(folders[0], CATEGORIES, human_labels=True) if row.model == "tuned"]
     assert {row.outcome: row.count for row in rows if row.stage == "categorised"} == {
         "placed": 4,
         "placed by people": 2,
         "truncated": 1,
     }
+
+
+def test_nothing_may_be_claimed_where_people_labelled_one_side_alone(tmp_path: Path) -> None:
+    folders = [make_folder(tmp_path), make_folder(tmp_path, "second")]
+    for latent in range(10, 18):
+        append_label(folders[0], said(latent, STYLE))
+    for comparison in compare_folders(folders):
+        assert "latents of tuned were named by people (ann), those of second by stub" in comparison.claim
+        assert not any(change.may_be_claimed for change in comparison.changes)
+        assert "People put 8 (100\u00a0%) and 0 (0\u00a0%) of them into their categories: how far" in comparison.caveat
+    for latent in range(10, 18):
+        append_label(folders[1], said(latent, CODE, "bob"))
+    assert all("people (ann), those of second by people (bob)" in one.claim for one in compare_folders(folders))
+    for latent in range(10, 18):
+        append_label(folders[1], said(latent, CODE))
+    classes, categories = compare_folders(folders)
+    # All eight placed latents of either model, in two different categories: seven clusters against seven.
+    assert {change.name for change in categories.changes if change.may_be_claimed} == {CODE, STYLE}
+    assert "People put 8 (100\u00a0%) and 8 (100\u00a0%) of them into their categories. " in classes.caveat
+
+
+def compare_folders(folders: list[Path]) -> list[Comparison]:
+    counts = counts_of_folders(folders, CATEGORIES, human_labels=True)
+    return [one for level in counts for one in compare_counts(level, CompareConfig(resamples=2000))]
 
 
 def test_a_category_of_people_that_does_not_exist_is_named(tmp_path: Path) -> None:

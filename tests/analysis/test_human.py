@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import resource
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,3 +63,68 @@ def test_values_of_the_wrong_type_are_named(tmp_path: Path) -> None:
     (tmp_path / "human.jsonl").write_text(bad)
     with pytest.raises(BadInput, match="latent must be a number"):
         read_labels(tmp_path)
+
+
+def record(folder: Path, weights: str) -> None:
+    """As the first step of an analysis leaves it."""
+    (folder / "latents.json").write_text(json.dumps({"step": "latents", "inputs": {"crosscoder.safetensors": weights}}))
+
+
+def test_labels_of_another_crosscoder_are_kept_but_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record(tmp_path, "aaaa")
+    append_label(tmp_path, label(3, "of the first"))
+    append_label(tmp_path, label(4, "of the first"))
+    assert read_labels(tmp_path)[3].crosscoder == "aaaa" and not caplog.records
+    record(tmp_path, "bbbb")  # trained again under the same name
+    assert read_labels(tmp_path) == {}
+    assert caplog.messages == [f"{tmp_path / 'human.jsonl'}: 2 of 2 lines are of another crosscoder and not used"]
+    append_label(tmp_path, label(4, "of the second"))
+    assert {latent: given.label for latent, given in read_labels(tmp_path).items()} == {4: "of the second"}
+    record(tmp_path, "aaaa")
+    assert set(read_labels(tmp_path)) == {3, 4}
+
+
+def test_a_line_without_a_crosscoder_is_of_none_that_is_known(tmp_path: Path) -> None:
+    append_label(tmp_path, label(3, "before there was a record"))
+    line = json.loads((tmp_path / "human.jsonl").read_text())
+    del line["crosscoder"]
+    (tmp_path / "human.jsonl").write_text(json.dumps(line) + "\n")
+    assert set(read_labels(tmp_path)) == {3}
+    record(tmp_path, "aaaa")
+    assert read_labels(tmp_path) == {}
+
+
+def test_a_label_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    first = label(3, "fits")
+    append_label(tmp_path, first)
+    path, limits = tmp_path / "human.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            append_label(tmp_path, label(4, "is cut off"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    append_label(tmp_path, label(5, "the next"))
+    assert set(read_labels(tmp_path)) == {3, 5}
+
+
+def test_a_line_that_was_cut_off_does_not_take_the_next_with_it(tmp_path: Path) -> None:
+    append_label(tmp_path, label(3, "whole"))
+    path = tmp_path / "human.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"latent": 4, "la')
+    append_label(tmp_path, label(5, "the next"))
+    with pytest.raises(BadInput, match=r"human\.jsonl, line 2, is no label"):
+        read_labels(tmp_path)
+    lines = path.read_text().splitlines()
+    path.write_text(f"{lines[0]}\n{lines[2]}\n")
+    assert set(read_labels(tmp_path)) == {3, 5}
+
+
+def test_a_label_is_on_the_disk_when_it_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    fsync: Callable[[int], None] = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (sizes.append(os.fstat(descriptor).st_size), fsync(descriptor)))
+    append_label(tmp_path, label(3, "kept"))
+    assert sizes == [(tmp_path / "human.jsonl").stat().st_size] and sizes[0] > 0

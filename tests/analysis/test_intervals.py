@@ -67,9 +67,9 @@ def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_few_groups_and_zero_rows_have_no_interval() -> None:
-    """Of four groups resampling would say too little; a focus without a row has no nu."""
+    """Of nine groups resampling would say too little; a focus without a row has no nu."""
     sums, gram = simulated(2, 12, 1, seed=0)
-    sums.sums_RK.view(12, 2, 9)[4:, 0] = 0
+    sums.sums_RK.view(12, 2, 9)[9:, 0] = 0
     found = nu_intervals(sums, gram, IntervalsConfig(resamples=50))
     assert found[:, :, 0].isnan().all()
     assert found[:, :, 1, 0].isnan().all() and found[:, :, 1, 1, 0].isfinite().all()

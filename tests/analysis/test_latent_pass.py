@@ -17,7 +17,7 @@ from analysis.examples import Sample, read_samples
 from analysis.latents import write_latents
 from tests.analysis.random_study import NUM_DOCUMENTS, NUM_LATENTS, dense_codes, document, length_of, make_study
 
-# The first quarter of the latents is the base's, the second the tuned model's: those are sampled.
+# The first quarter of the latents is the base's, the second the tuned model's: the weights rule out all others.
 HELD = NUM_LATENTS // 2
 
 
@@ -127,15 +127,27 @@ def test_roles_and_sources_are_kept(study: Analysed) -> None:
         assert [tuple(role) for role in json.loads(roles)] == document(number).roles
 
 
-def test_latents_of_one_model_have_samples_and_no_others(study: Analysed) -> None:
-    fired = study.column("num_active_tokens")[:HELD] > 0
-    assert fired.sum() > 8
+def test_every_latent_that_fires_has_samples(study: Analysed) -> None:
+    fired = study.column("num_active_tokens") > 0
+    assert fired[HELD:].sum() > 8 and not fired[-1]
     for latent in range(NUM_LATENTS):
-        assert bool(study.samples(latent)) == (latent < HELD and bool(fired[latent]))
+        assert bool(study.samples(latent)) == bool(fired[latent])
+
+
+def test_samples_of_held_latents_alone(study: Analysed, tmp_path: Path) -> None:
+    """They are the documents that these latents have among all."""
+    study.settings.analysis.examples.sampled = "held"
+    write_latents(study.settings, Path(study.settings.outputs) / "crosscoder", tmp_path)
+    study.settings.analysis.examples.sampled = "all"
+    found = []
+    for folder, where in ((tmp_path, ""), (study.folder, f"WHERE latent < {HELD}")):
+        with sqlite3.connect(folder / "examples.sqlite") as database:
+            found.append(database.execute(f"SELECT * FROM samples {where} ORDER BY 1, 2, 3, 4").fetchall())
+    assert found[0] == found[1] != []
 
 
 def test_activating_samples_are_strata_of_documents_in_which_it_fires(study: Analysed) -> None:
-    for latent in range(HELD):
+    for latent in range(NUM_LATENTS):
         fires = {i: value for i, value in study.maxima(latent).items() if value > 0}
         samples = study.samples(latent)["activating"]
         assert len(samples) == min(6, len(fires)) == len({sample.document for sample in samples})
@@ -149,7 +161,7 @@ def test_activating_samples_are_strata_of_documents_in_which_it_fires(study: Ana
 
 
 def test_near_misses_are_the_best_that_stay_below_the_threshold(study: Analysed) -> None:
-    for latent in np.flatnonzero(study.column("num_active_tokens")[:HELD]).tolist():
+    for latent in np.flatnonzero(study.column("num_active_tokens")).tolist():
         fires, pre = study.maxima(latent), study.maxima(latent, place=2)
         silent = [i for i in fires if fires[i] == 0 and pre[i] > 0]
         expected = sorted(silent, key=lambda i: (-pre[i], i))[:3]
@@ -158,10 +170,12 @@ def test_near_misses_are_the_best_that_stay_below_the_threshold(study: Analysed)
         for sample in found:
             assert sample.max_activation == pytest.approx(pre[sample.document], rel=1e-5)
             assert sample.quantile is None and not sample.activations
+            positions, _, pre_BL = study.dense[sample.document]
+            assert sample.position == positions[pre_BL[:, latent].argmax()]
 
 
 def test_silent_samples_are_silent_and_no_near_misses(study: Analysed) -> None:
-    for latent in np.flatnonzero(study.column("num_active_tokens")[:HELD]).tolist():
+    for latent in np.flatnonzero(study.column("num_active_tokens")).tolist():
         samples, fires = study.samples(latent), study.maxima(latent)
         near = {sample.document for sample in samples["near_miss"]}
         candidates = {i for i, value in fires.items() if value == 0} - near

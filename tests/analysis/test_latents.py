@@ -13,7 +13,7 @@ import torch
 from analysis.activity import Activity
 from analysis.config import AnalysisSettings
 from analysis.latent_table import Scaling, latent_table, owners_of
-from analysis.latents import OUTPUTS, write_latents
+from analysis.latents import OUTPUTS, check_fit, write_latents
 from analysis.scaling import decoder_gram
 from analysis.token_kinds import TokenKinds
 from extract.config import ModelConfig
@@ -23,6 +23,7 @@ from extract.stores import TokenDocument
 from tests import tiny
 from train.config import CrosscoderConfig
 from train.crosscoder import Crosscoder
+from train.data import ActivationPairs
 
 D, LENGTH, NUM_DOCUMENTS = 8, 6, 12
 TEXTS = [f"{i:02d} text" for i in range(NUM_DOCUMENTS - 1)] + ["03 text"]  # the last repeats an earlier one
@@ -252,6 +253,21 @@ def test_a_crosscoder_without_threshold(analysed: tuple[AnalysisSettings, Path],
         write_latents(analysed[0], tmp_path / "crosscoder", tmp_path / "analysis")
 
 
+def test_activations_that_have_changed_since_training_are_said(
+    analysed: tuple[AnalysisSettings, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the same tokens; a store of other tokens has other activations anyhow."""
+    pairs, crosscoder = ActivationPairs.open(analysed[0]), crosscoder_for(PLANTED)
+    tokens, base, tuned = pairs.content_sha256
+    for data in ([tokens, base, tuned], ["0" * 64, base, "1" * 64], []):
+        crosscoder.trained_with = {"data": data}
+        check_fit(crosscoder, pairs, "block1", tmp_path)
+        assert not caplog.text
+    crosscoder.trained_with = {"data": [tokens, base, "1" * 64]}
+    check_fit(crosscoder, pairs, "block1", tmp_path)
+    assert f"{tmp_path} was trained on other activations of the same tokens: those of tuned have" in caplog.text
+
+
 def test_a_failing_pass_leaves_no_output(
     analysed: tuple[AnalysisSettings, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,4 +281,4 @@ def test_a_failing_pass_leaves_no_output(
 
 
 def test_a_finished_analysis_leaves_its_outputs_alone(analysed: tuple[AnalysisSettings, Path]) -> None:
-    assert sorted(path.name for path in analysed[1].iterdir()) == sorted(OUTPUTS)
+    assert sorted(path.name for path in analysed[1].iterdir()) == sorted([*OUTPUTS, "pass"])

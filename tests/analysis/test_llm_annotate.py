@@ -7,22 +7,26 @@ import json
 import math
 import re
 import sqlite3
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from analysis import describing, offline
 from analysis.annotate import annotate, has_failed
 from analysis.annotations import Annotation, read_annotations
 from analysis.categories import read_categories
 from analysis.config import AnalysisSettings
 from analysis.describing import SCHEMA, validate, votes_of
 from analysis.embedding import passages_of
+from analysis.examples import read_examples
 from analysis.llm.config import LlmConfig
 from analysis.llm.questions import Question
 from analysis.steps import Step, run_steps
 from analysis.taxonomy import categorise, has_failed_places
+from extract.errors import BadInput
 from tests.analysis.asked import MODEL, by_prompt, config, rows
 from tests.analysis.made_study import make_study, write_examples
 from tests.analysis.messages_rules import by_schema
@@ -74,6 +78,33 @@ def test_every_latent_is_described_and_put_into_a_category(tmp_path: Path) -> No
     with (folder / "classes.csv").open(newline="") as file:
         counts = {row["class"]: (row["count"], row["total"]) for row in csv.DictReader(file)}
     assert counts["Safety & Content Moderation"] == ("1", "3") and counts["other"] == ("2", "3")
+
+
+@pytest.mark.parametrize("annotator", ["llm", "offline"])
+def test_documents_of_one_latent_are_held_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, annotator: str
+) -> None:
+    """Those of thousands of latents are gigabytes."""
+    module = {"llm": describing, "offline": offline}[annotator]
+    alive: list[weakref.ref] = []
+    most = 0
+
+    class Documents(list):
+        pass
+
+    def count(*arguments: Any) -> Documents:
+        nonlocal most
+        found = Documents(read_examples(*arguments))
+        alive.append(weakref.ref(found))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return found
+
+    monkeypatch.setattr(module, "read_examples", count)
+    with MessagesStub() as stub:
+        settings, folder = study(tmp_path, stub)
+        settings.analysis.annotate.annotator = annotator
+        annotate(settings, folder)
+    assert most == 1 and len(alive) >= 3
 
 
 def test_repeats_and_a_second_model_are_votes(tmp_path: Path) -> None:
@@ -274,3 +305,15 @@ def test_votes_are_numbered_from_the_primary_one() -> None:
         (4, "b", 1),
         (5, "b", 2),
     ]
+
+
+def test_without_samples_to_score_with_nothing_is_asked(tmp_path: Path) -> None:
+    settings, (folder, _) = make_study(tmp_path)
+    with sqlite3.connect(folder / "examples.sqlite") as database:
+        database.execute("DROP TABLE samples")
+    settings.analysis.annotate.annotator = "llm"
+    with MessagesStub() as stub:
+        settings.analysis.llm = config(stub)
+        with pytest.raises(BadInput, match=r"examples\.sqlite holds no samples"):
+            annotate(settings, folder)
+        assert not stub.bodies

@@ -98,8 +98,8 @@ def test_a_job_that_is_requeued_without_a_finished_step_in_between_is_refused(
     step.write_text("{ }")  # done again, as after another training
     start(2, "manifest.json is missing")
     start(3, "Job 5 began 1 times at the end of base_tuned: latents .*max_restarts_without_progress=0")
-    state = step.parent / "pass" / STATE_FILE
-    state.parent.mkdir()
+    state = step.parent / "pass" / "0123" / STATE_FILE
+    state.parent.mkdir(parents=True)
     state.write_text("further")
     start(4, "manifest.json is missing")  # within a pass, too, there is progress
     start(5, "Job 5 began 1 times at a state of base_tuned: latents .*max_restarts_without_progress=0")

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from analysis.firings import DocumentFirings
-from analysis.maxima import MaximaSpool
+from analysis.maxima import SCHEMA, MaximaSpool, read_documents_of, read_maxima
+from extract.errors import BadInput
 
 
 def fired(document: int, latent: int, value: float) -> DocumentFirings:
@@ -40,11 +42,39 @@ def test_many_batches_share_row_groups(tmp_path: Path, monkeypatch: pytest.Monke
     assert written.read()["document"].to_pylist() == list(range(10))
 
 
+def test_the_file_is_sorted_by_latent_and_then_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of three rows cut batches and latents; readers get one latent at a time, or the groups that they ask."""
+    monkeypatch.setattr("analysis.maxima.ROWS_PER_GROUP", 3)
+    monkeypatch.setattr("analysis.maxima.ROWS_PER_BATCH", 2)
+    spool, rng, expected = MaximaSpool(tmp_path / "rows", np.ones(5, dtype=bool)), np.random.default_rng(0), []
+    for document in range(12):
+        for latent in np.flatnonzero(rng.random(5) < [0.9, 0.5, 0, 0.5, 0.2]).tolist():
+            expected.append((latent, document, document + latent / 8))
+            spool.add(fired(document, latent, document + latent / 8))
+    path = tmp_path / "maxima.parquet"
+    spool.publish(path)
+    spool.close()
+    expected.sort()
+    assert [tuple(row.values()) for row in pq.read_table(path).to_pylist()] == expected
+    found = [(j, *row) for j, documents, maxima in read_maxima(path) for row in zip(documents, maxima, strict=True)]
+    assert found == expected and [j for j, *_ in read_maxima(path)] == [0, 1, 3, 4]
+    assert read_documents_of(path, [1, 4]).tolist() == [i for j, i, _ in expected if j in (1, 4)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["maxima.parquet", "rows"]
+
+
+def test_a_file_that_is_not_sorted_is_refused(tmp_path: Path) -> None:
+    columns = [pa.array([1, 0, 1], pa.int32()), pa.array([0, 0, 1], pa.int32()), pa.array([1.0, 1, 1], pa.float32())]
+    pq.write_table(pa.table(columns, SCHEMA), tmp_path / "maxima.parquet")
+    with pytest.raises(BadInput, match="of an earlier version"):
+        list(read_maxima(tmp_path / "maxima.parquet"))
+
+
 def test_nothing_fires(tmp_path: Path) -> None:
     spool = MaximaSpool(tmp_path / "rows", np.array([True]))
     spool.publish(tmp_path / "maxima.parquet")
     spool.close()
     assert pq.read_table(tmp_path / "maxima.parquet").num_rows == 0
+    assert list(read_maxima(tmp_path / "maxima.parquet")) == []
 
 
 def test_rows_after_a_saved_place_are_cut_off(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from analysis.agreement import AgreementSettings, main
 from analysis.annotate import annotate
 from analysis.config import AgreementConfig
-from analysis.people import LATENTS, export_latents, known_answers, read_said
+from analysis.people import LATENTS, add_said, export_latents, known_answers, read_said
 from analysis.sheets import Filled, id_of, read_key, read_sheet
 from analysis.taxonomy import categorise, load_taxonomy
 from extract.command import compose
@@ -27,6 +27,12 @@ def sheet_of(tmp_path: Path) -> tuple[Path, Path]:
     latents = [(f.name, str(latent)) for f in folders for latent in PLANTED[f.name.removeprefix("base_")]]
     assert export_latents(sheet, keys, latents, folders[0].parent, load_taxonomy(), CONFIG) == 4
     return sheet, keys
+
+
+def key_in(keys: Path) -> dict[str, tuple[str, ...]]:
+    """The one key of a folder."""
+    (path,) = keys.glob("sheet.*.key.csv")
+    return read_key(path)
 
 
 def read(sheet: Path, keys: Path) -> list[Filled]:
@@ -73,7 +79,7 @@ def test_no_cell_is_a_formula(tmp_path: Path) -> None:
 
 def test_the_marks_are_at_the_firing_tokens(tmp_path: Path) -> None:
     sheet, keys = sheet_of(tmp_path)
-    latent_of = read_key(keys / "sheet.key.csv")
+    latent_of = key_in(keys)
     marked = {latent_of[row["id"]]: row["document_1"].split("«")[1].split("»")[0] for row in rows_of(sheet)}
     # The made latents fire on the first four tokens of their texts.
     for (pair, latent), text in marked.items():
@@ -91,7 +97,7 @@ def test_the_sample_is_the_same_every_time_and_another_with_another_seed(tmp_pat
 
 def test_a_filled_sheet_maps_back(tmp_path: Path) -> None:
     sheet, keys = sheet_of(tmp_path)
-    key = read_key(keys / "sheet.key.csv")
+    key = key_in(keys)
     fill(sheet, {0: "Translation & Language Switching", 1: " other ", 2: "creative generation"})
     judged = read(sheet, keys)
     assert [row.answer for row in judged] == [
@@ -141,8 +147,64 @@ def test_missing_and_doubled_rows_are_named(tmp_path: Path) -> None:
     sheet.write_text("id,category\n1,other\n")
     with pytest.raises(BadInput, match="no id is known to an export"):
         read(sheet, keys)
-    with pytest.raises(BadInput, match=r"nowhere\.csv is not a file"):
+    with pytest.raises(BadInput, match=r"nowhere\.csv\) is not a file"):
         read(tmp_path / "nowhere.csv", keys)
+
+
+def test_a_sheet_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+    settings, folders = make_study(tmp_path)
+    sheet = tmp_path / "sheet.csv"
+    sheet.write_text("a person's work")
+    given = {**vars(settings), "export": str(sheet)}
+    with pytest.raises(BadInput, match=r"sheet\.csv exists, and may hold answers"):
+        AgreementSettings(**given).check()
+    with pytest.raises(BadInput, match="exists, and may hold answers"):
+        export_latents(sheet, tmp_path / "keys", [("base_simpo", "300")], folders[0].parent, load_taxonomy(), CONFIG)
+    assert sheet.read_text() == "a person's work" and not (tmp_path / "sheet.categories.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"export": "new.csv", "filled": "old.csv", "who": "anna"}, "one of them at a time"),
+        ({"export": "new.csv", "who": "anna"}, "one of them at a time"),
+        ({"who": "anna"}, r"who \(anna\) says who filled in a sheet, and there is none"),
+        ({"filled": "old.csv"}, "must name the person"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(tmp_path: Path, given: dict[str, str], message: str) -> None:
+    settings, _ = make_study(tmp_path)
+    with pytest.raises(BadInput, match=message):
+        AgreementSettings(**{**vars(settings), **given}).check()
+
+
+def test_sheets_of_one_name_keep_their_keys(tmp_path: Path) -> None:
+    """Samples of one stem, from several folders: each is read back by its own key, also where one holds another."""
+    _, folders = make_study(tmp_path)
+    latents = [(f.name, str(latent)) for f in folders for latent in PLANTED[f.name.removeprefix("base_")]]
+    sizes = [1, 2, 3, 4, 5]
+    for number, size in enumerate(sizes):
+        (tmp_path / str(number)).mkdir()
+        config = AgreementConfig(sample_size=size, documents_per_latent=1)
+        sheet = tmp_path / str(number) / "sheet.csv"
+        export_latents(sheet, tmp_path / "keys", latents, folders[0].parent, load_taxonomy(), config)
+        fill(sheet, {0: "other"})
+    assert [len(read(tmp_path / str(number) / "sheet.csv", tmp_path / "keys")) for number in range(5)] == sizes
+
+
+def test_a_second_sheet_adds_to_what_a_person_said(tmp_path: Path) -> None:
+    path = tmp_path / "anna.csv"
+    first = [Filled(("p", str(i)), answer) for i, answer in enumerate(["a", "b", None])]
+    assert add_said(path, first) == 2
+    assert add_said(path, [Filled(("p", "1"), "c"), Filled(("p", "0"), None), Filled(("p", "9"), "d")]) == 3
+    assert read_said(tmp_path)["anna"] == {("p", "0"): "a", ("p", "1"): "c", ("p", "2"): None, ("p", "9"): "d"}
+
+
+def test_a_cell_of_any_size_is_one_sentence(tmp_path: Path) -> None:
+    sheet, keys = sheet_of(tmp_path)
+    sheet.write_text("id,category\n1," + "x" * 200_000 + "\n")
+    with pytest.raises(BadInput, match=r"sheet\.csv\), line 2, is no CSV"):
+        read(sheet, keys)
 
 
 def test_a_person_is_compared_with_the_annotator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +217,7 @@ def test_a_person_is_compared_with_the_annotator(tmp_path: Path, monkeypatch: py
     sheet = tmp_path / "sheet.csv"
     given = AgreementSettings(**{**vars(settings), "export": str(sheet)})
     main(given)
-    key = read_key(tmp_path / "analysis" / "people" / "latents" / "sheet.key.csv")
+    key = key_in(tmp_path / "analysis" / "people" / "latents")
     said = {
         (folder.name, row["latent"]): row["category"]
         for folder in folders

@@ -7,9 +7,9 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from scipy.stats import PermutationMethod, chi2_contingency
+from scipy.stats import PermutationMethod, chi2_contingency, hypergeom
 
-from analysis.bootstrap import Units, units_of_counts
+from analysis.bootstrap import IN_NONE, LOST, Units, units_of_counts
 from analysis.permutation import chance_of_change, counts_of, dealt_out, differences, homogeneity
 
 
@@ -50,6 +50,56 @@ def test_permutations_keep_the_models_sizes_and_the_categories() -> None:
     assert (dealt.sum(2) == [4, 5]).all()
     assert (dealt.sum(1) == [2, 4, 3]).all()
     assert len(np.unique(dealt[:, 0, 0])) == 3
+
+
+def test_latents_that_are_lost_are_not_dealt_out() -> None:
+    """Of a all latents but two are lost, one of them in a cluster with a placed one; the models keep 2 and 4."""
+    a = Units(np.array([0, 1, 1, 2, 3, 4]), np.array([[0], [1]] + [[LOST]] * 4), np.ones(6, int))
+    b = Units(np.arange(5), np.array([[0], [0], [1], [IN_NONE], [LOST]]), np.ones(5, int))
+    assert counts_of(a, 2).tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert counts_of(b, 2).tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    dealt = dealt_out([a, b], 2, 500)
+    assert (dealt.sum(2) == [2, 4]).all() and (dealt.sum(1) == [3, 2, 1]).all()
+    # The same where clusters are laid out: b's first two latents are one.
+    dealt = dealt_out([a, Units(np.array([0, 0, 1, 2, 3]), b.votes_nV, b.num_votes_n)], 2, 500)
+    assert (dealt.sum(1) == [3, 2, 1]).all() and set(dealt[:, 0].sum(1)) == {2, 3}
+
+
+def test_losses_do_not_make_equal_models_differ() -> None:
+    """45 of 60 latents of a are lost, none of b: p and the probability of chance stay what they promise."""
+    rng = np.random.default_rng(2)
+    pvalues, chances = [], []
+    for seed in range(200):
+        names = rng.integers(0, 5, (2, 60))
+        names[0, :45] = LOST
+        units = [Units(np.arange(60), row[:, None], np.ones(60, int)) for row in names]
+        observed = np.array([np.bincount(row[row != LOST], minlength=6) for row in names])
+        dealt = dealt_out(units, 5, 400, seed)
+        pvalues.append(homogeneity(observed, dealt))
+        chances.append(min(chance_of_change(observed, dealt)))
+    assert np.mean(np.array(pvalues) < 0.05) <= 0.10
+    # The largest rise and the largest fall are two tests.
+    assert np.mean(np.array(chances) < 0.05) <= 0.15
+
+
+def test_the_numbers_of_single_latents_are_dealt_out_as_the_latents_are() -> None:
+    rows = [[3, 0, 2, 1], [1, 4, 0, 2], [2, 2, 2, 0]]
+    units = [units_of_counts(row[:-1], row[-1]) for row in rows]
+    # A cluster of two in none of the names makes latents be laid out; its model is left out of what is compared.
+    pair = Units(np.array([0, 0]), np.full((2, 1), IN_NONE), np.ones(2, int))
+    alone, laid_out = dealt_out(units, 3, 20_000)[..., :3], dealt_out([*units, pair], 3, 20_000)[:, :3, :3]
+    for model in range(3):
+        for name in range(3):
+            # Hypergeometric: size, and number of that name, of all 19 latents (of 20 clusters with the pair).
+            size, of_name = sum(rows[model]), sum(row[name] for row in rows)
+            expected = hypergeom.pmf(np.arange(8), 19, of_name, size)
+            assert np.bincount(alone[:, model, name].astype(int), minlength=8) / 20_000 == pytest.approx(
+                expected, abs=0.012
+            )
+            expected = hypergeom.pmf(np.arange(8), 20, of_name, size)
+            assert np.bincount(laid_out[:, model, name].astype(int), minlength=8) / 20_000 == pytest.approx(
+                expected, abs=0.012
+            )
 
 
 def test_near_duplicates_are_dealt_out_together_and_make_the_test_weaker() -> None:

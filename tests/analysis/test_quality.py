@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from analysis import figure_quality
+from matplotlib.colors import to_rgba
+
+from analysis import figure_quality, figures
 from analysis.quality import parts_of
-from analysis.side_tables import read_table
 from analysis.tables import Table
 
 FLOW = """pair,model,stage,outcome,count
@@ -27,31 +28,51 @@ cohen_kappa,a-model and people,category,-0.2,-0.4,0.0,30
 """
 
 
-def table(folder: Path, text: str) -> Table:
-    (folder / "table.csv").write_text(text)
-    return read_table(folder / "table.csv", "")
+COLOURS = figures.model_colours([["base", "simpo"]])
 
 
-def test_the_flow_shows_what_went_on_first_and_then_the_losses(tmp_path: Path) -> None:
-    axes = figure_quality.flow(table(tmp_path, FLOW)).axes[0]
+def table(text: str) -> Table:
+    columns, *rows = [line.split(",") for line in text.splitlines()]
+    return Table("table", "", columns, [list(row) for row in rows], columns, rows)
+
+
+def test_the_flow_shows_what_went_on_first_and_then_the_losses() -> None:
+    axes = figure_quality.flow(table(FLOW), COLOURS).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()][0] == "simpo (base_simpo) · selected"
     bars = [(bar.get_x(), bar.get_width()) for bar in axes.patches]
     assert bars == [(0, 80), (0, 71), (71, 9), (0, 62), (62, 9)]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["went on", "other", "refused"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "went on (in the model's colour)",
+        "other",
+        "refused",
+    ]
+    # One colour per model throughout; losses are greys, and named behind their bar.
+    colours = [bar.get_facecolor() for bar in axes.patches]
+    own = to_rgba(COLOURS["simpo"])
+    assert [colour == own for colour in colours] == [True, True, False, True, False]
+    assert all(len({*colour[:3]}) == 1 for colour in colours if colour != own)
+    assert [text.get_text() for text in axes.texts] == ["80", "71, 9 refused", "62, 9 other"]
 
 
-def test_scores_are_points_with_intervals_and_the_control_is_hollow(tmp_path: Path) -> None:
-    axes = figure_quality.scores(table(tmp_path, SCORES)).axes[0]
+def test_a_model_without_latents_is_a_row_of_zero() -> None:
+    axes = figure_quality.flow(table(FLOW + "base_simpo,base,selected,selected,0\n"), COLOURS).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()][-1] == "base (base_simpo) · selected"
+    assert axes.texts[-1].get_text() == "0"
+
+
+def test_scores_are_points_with_intervals_and_the_control_is_hollow() -> None:
+    axes = figure_quality.scores(table(SCORES), COLOURS).axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["simpo, detection (80)", "simpo, detection, shuffled (80)"]  # nothing was scored by fuzzing
     points = [(line.get_xdata()[0], line.get_markerfacecolor()) for line in axes.lines if line.get_marker() == "o"]
-    assert [value for value, _ in points] == [0.83, 0.51] and points[1][1] == "white" != points[0][1]
+    assert [value for value, _ in points] == [0.83, 0.51]
+    assert [fill for _, fill in points] == [COLOURS["simpo"], "white"]
     segments = [segment[:, 0].tolist() for each in axes.collections for segment in each.get_segments()]
     assert segments == [[0.79, 0.87], [0.47, 0.55]]
 
 
-def test_agreement_below_chance_is_within_the_axis(tmp_path: Path) -> None:
-    axes = figure_quality.agreement(table(tmp_path, AGREEMENT)).axes[0]
+def test_agreement_below_chance_is_within_the_axis() -> None:
+    axes = figure_quality.agreement(table(AGREEMENT)).axes[0]
     assert [label.get_text()[0] for label in axes.get_yticklabels()] == ["α", "κ"]
     assert axes.get_xlim()[0] <= -0.4 and axes.get_xlim()[1] == 1
 
@@ -62,11 +83,11 @@ def test_parts_are_shown_where_their_files_exist(tmp_path: Path) -> None:
     flow = Table("flow", "", ["pair", "model", "stage", "outcome", "count"], [], [], [])
     rows = [line.split(",") for line in FLOW.splitlines()[1:]]
     flow = Table("flow", "caption", flow.columns, [list(row) for row in rows], flow.columns, rows)
-    assert [part.source for part in parts_of(tmp_path, [folder], flow)] == ["tables/flow.csv"]
+    assert [part.source for part in parts_of(tmp_path, [folder], flow, COLOURS)] == ["tables/flow.csv"]
     (folder / "score_summary.csv").write_text(SCORES)
     (folder / "agreement.csv").write_text(AGREEMENT.splitlines()[0] + "\n")
     (tmp_path / "analysis" / "costs.csv").write_text("kind,model,requests,usd\ndescribe,a-model,80,0.5\n")
-    parts = parts_of(tmp_path, [folder], flow)
+    parts = parts_of(tmp_path, [folder], flow, COLOURS)
     assert [part.heading for part in parts] == [
         "From selected latents to categories",
         "Are the descriptions right? (base_simpo)",
@@ -75,3 +96,8 @@ def test_parts_are_shown_where_their_files_exist(tmp_path: Path) -> None:
     drawn = parts[1].figure
     assert drawn and drawn.sources == ["../analysis/base_simpo/score_summary.csv"]
     assert (tmp_path / "report" / "figures" / f"{drawn.name}.pdf").is_file()
+    for part in parts[1:]:  # as CSV and LaTeX, like every other table
+        assert all((tmp_path / "report" / "tables" / f"{part.table.name}.{kind}").is_file() for kind in ("csv", "tex"))
+    assert (tmp_path / "report" / "tables" / "costs.csv").read_text().endswith("describe,a-model,80,0.5\n")
+    caption = (tmp_path / "report" / "figures" / f"{drawn.name}.txt").read_text()
+    assert caption == drawn.caption + "\n" and "over latents" in caption

@@ -123,3 +123,34 @@ def test_intervals_cover_the_truth(copies: float) -> None:
     # Four standard errors of a binomial share of .95 over the trials.
     for count in covered.values():
         assert 0.90 <= count / trials <= 1
+
+
+@pytest.mark.parametrize("size", [21, 200])
+def test_a_rater_to_whom_all_units_are_alike_tells_nothing(size: int) -> None:
+    """Kappa is 0 then, by its formula, and in every resample: that is no certainty."""
+    pairs = [("abc"[i % 3], "other") for i in range(size)]
+    found = cohen([*pairs, ("other", "other")], QUICK)
+    assert found.value == pytest.approx(0) and all(map(math.isnan, found.interval)) and found.num_units == size + 1
+    # Of alpha, which pools the values, the same ratings tell something.
+    alpha = krippendorff([*map(list, pairs), ["other", "other"]], QUICK)
+    assert alpha.interval.low < alpha.value < alpha.interval.high
+
+
+def test_units_of_one_cluster_are_resampled_together() -> None:
+    """Each unit ten times over: the value stays, and with clusters the interval too; without them it is narrower."""
+    pairs = [("a", "a"), ("b", "b"), ("a", "b"), ("b", "b"), ("a", "a"), ("b", "a"), ("a", "a"), ("b", "b")]
+    copies, clusters = pairs * 10, list(range(8)) * 10
+    for measure in (cohen, krippendorff):
+        single, grouped, apart = measure(pairs, QUICK), measure(copies, QUICK, clusters), measure(copies, QUICK)
+        assert grouped.interval.high - grouped.interval.low > 2 * (apart.interval.high - apart.interval.low)
+        assert grouped.num_units == apart.num_units == 80
+        if measure is cohen:  # alpha corrects for the number of units
+            assert grouped.interval == pytest.approx(single.interval)
+
+
+def test_agreement_in_all_units_of_few_clusters_is_known_less_well() -> None:
+    pairs = [("a", "a"), ("b", "b")] * 20
+    few, many = cohen(pairs, QUICK, [0, 1] * 20), cohen(pairs, QUICK)
+    assert few.value == many.value == 1
+    assert few.interval.low == pytest.approx(1 - (1 - wilson(2, 2, 0.95).low) / 0.5)
+    assert few.interval.low < many.interval.low

@@ -55,9 +55,19 @@ def test_the_answer_comes_first_with_its_numbers(made: tuple[Path, str]) -> None
 def test_every_cell_of_the_answer_shows_its_evidence(made: tuple[Path, str]) -> None:
     matrix = Page(made[1]).all("table", "matrix")[0]
     text = words(matrix.text)
-    assert "ask back F1 0.96 [0.91, 0.98] found AUROC 0.99 [0.97, 1.00] · latent 301" in text
-    assert "F1 0.21 [0.11, 0.33] absent AUROC 0.61 [0.52, 0.70]" in text
+    assert "ask back F1 0.96 [0.91, 0.98] found AUROC 0.991 [0.972, 0.999] · latent 301" in text
+    assert "latent 301 20 prompts with it, 40 of 940 documents" in text
+    assert "F1 0.21 [0.11, 0.33] absent AUROC 0.610 [0.520, 0.700]" in text
     assert text.count("found") == 5 and text.count("absent") == 3
+    assert text.count("not certain") == 0
+
+
+def test_a_threshold_within_the_interval_is_said(tmp_path: Path) -> None:
+    settings, folders = make_study(tmp_path)
+    analyse(settings, folders)
+    settings.analysis.tags.min_f1 = 0.945  # within [0.91, 0.98], [0.90, 0.97] and [0.89, 0.96], and [0.88, 0.95]
+    text = words(Page(report(settings, folders).read_text(encoding="utf-8")).all("table", "matrix")[0].text)
+    assert text.count("not certain") == 5 and text.count("F1 0.21 [0.11, 0.33] not found AUROC") == 3
 
 
 def test_counts_by_owner_and_variance_explained(made: tuple[Path, str]) -> None:
@@ -65,6 +75,7 @@ def test_counts_by_owner_and_variance_explained(made: tuple[Path, str]) -> None:
     row = next(row for row in rows if row.startswith("base_simpo base 0 simpo 3"))
     shared, other, dead, total, dedicated = (int(cell) for cell in row.split()[5:10])
     assert (total, dedicated) == (400, 3) and shared + other + dead + 3 == 400
+    assert "base 0 of 0 certain, 0 more within reach; simpo 3 of 3 certain, 0 more within reach" in row
     assert "base 0.890, simpo 0.894" in row
 
 
@@ -186,7 +197,7 @@ def test_latents_of_two_of_three_models_are_counted_and_have_cards(tmp_path: Pat
     assert "one model alone, or of several but not all" in words(page.all("section")[4].text)
     owners = (tmp_path / "report" / "tables" / "owners.csv").read_text().splitlines()
     counts = ["base,0", "simpo,1", "dpo,0", "base+dpo,1", "simpo+dpo,1", "shared,0", "other,397", "dead,0"]
-    assert owners[1:] == [f"base_simpo,{count},400" for count in counts]
+    assert owners[1:] == [f"base_simpo,{count},400,,,," for count in counts]  # no intervals were measured
     described = {line["owner"] for line in map(json.loads, (folder / "annotations.jsonl").open())}
     assert described == set(own)
 
@@ -252,7 +263,7 @@ def test_behaviours_that_tuning_did_not_add_to_one_model_are_explained(tmp_path:
     # As if the base had been tuned as well, so that financial refusals set no model apart.
     settings.analysis.report.planted = {**PLANTED, "financial_refusal": ["base", "simpo"]}
     tags = (folder / "tags.csv").read_text()
-    line = "behaviour,ask_back,base,17,1.0,0.88,0.81,0.93,0.97,0.95,0.99,40,900,True"
+    line = "behaviour,ask_back,base,17,1.0,0.88,0.81,0.93,0.97,0.95,0.99,40,900,True,20,300"
     (folder / "tags.csv").write_text(re.sub(r"behaviour,ask_back,base,.*", line, tags))
     analyse(settings, [folder])
     page = Page(report(settings, [folder]).read_text(encoding="utf-8"))

@@ -47,6 +47,11 @@ setTimeout(() => {
   const select = get("category"); put("category", select.options[1].value);
   const lines = [...document.querySelectorAll(".card h4 + p")].map((line) => line.textContent.split(" · ")[0]);
   found.category = [select.value, lines];
+  get("reset").click(); found.certain = [...get("certainty").options].slice(1).map((option) => {
+    put("certainty", option.value);
+    return [option.value, Number(seen().count.split(" ")[0]), document.querySelectorAll(".card").length
+      && [...document.querySelectorAll(".card dl")].every((list) => list.textContent.includes(`ν${option.value}`))];
+  });
   get("reset").click(); found.last = seen(); found.title = document.title;
   const out = document.createElement("pre");
   out.id = "found"; out.textContent = JSON.stringify(found); document.body.append(out);
@@ -103,6 +108,13 @@ def test_search_and_filters_look_at_all_latents(found: dict[str, Any]) -> None:
     assert 0 < len(errors) < 32 and errors == sorted(errors, key=abs) and abs(errors[-1]) <= 0.05
     category, shown = found["category"]
     assert shown and set(shown) == {category}
+
+
+def test_latents_are_filtered_by_certainty(found: dict[str, Any]) -> None:
+    # nu_reconstruction of the made latents is up to 0.7, its interval 0.05 to either side, the threshold 0.75.
+    kinds = {name: count for name, count, _ in found["certain"]}
+    assert set(kinds) <= {"certain", "threshold within the interval"} and sum(kinds.values()) == 65
+    assert all(is_said for *_, is_said in found["certain"])
 
 
 def test_a_link_opens_the_page_of_its_card_whatever_is_filtered(found: dict[str, Any]) -> None:

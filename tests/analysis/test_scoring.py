@@ -75,10 +75,10 @@ def _add_documents(database: sqlite3.Connection, latent: int) -> None:
                 "INSERT INTO examples VALUES (?, ?, ?, ?, '[[12, 5.0]]')", (latent, place, number, 9.0 - place)
             )
         if kind != "silent" and kind != "near_miss":  # shown ones were drawn too, as happens
-            row = (latent, "activating", place % 5, number, 5.0, "[[12, 5.0]]")
+            row = (latent, "activating", place % 5, number, 5.0, "[[12, 5.0]]", 12)
         else:
-            row = (latent, kind, None, number, 0.5, "[]")
-        database.execute("INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?)", row)
+            row = (latent, kind, None, number, 0.5, "[]", 12 if kind == "near_miss" else None)
+        database.execute("INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
 
 def documents_of(body: Body) -> list[str]:
@@ -94,7 +94,8 @@ def judge(body: Body) -> Any:
     assert found
     is_fuzzing = "rightly marked" in prompt
     texts = [" ".join(re.findall("<<(.*?)>>", text)) if is_fuzzing else text for text in documents_of(body)]
-    verdicts = [{"document": n, "active": bool(re.search(rf"\b{found[1]}\b", text))} for n, text in enumerate(texts, 1)]
+    said = "right" if is_fuzzing else "active"
+    verdicts = [{"document": n, said: bool(re.search(rf"\b{found[1]}\b", text))} for n, text in enumerate(texts, 1)]
     return {"verdicts": verdicts}
 
 
@@ -257,6 +258,16 @@ def test_controls_judge_by_another_latent_of_the_same_owner() -> None:
     # Without near-duplicates everybody's description is used exactly once.
     assert len({other.latent for other in partners(annotations, {}, seed=1).values()}) == 10
     assert partners(annotations[:1], {}, seed=0) == {}
+
+
+def test_a_latent_more_changes_the_controls_of_its_neighbours_alone() -> None:
+    annotations = [annotation(latent, "simpo") for latent in range(100)]
+    before = {latent: other.latent for latent, other in partners(annotations, {}, seed=0).items()}
+    for change in (annotations[:40] + annotations[41:], [annotation(500, "simpo"), *annotations], annotations[::-1]):
+        after = {latent: other.latent for latent, other in partners(change, {}, seed=0).items()}
+        assert sum(after[latent] != before[latent] for latent in after.keys() & before.keys()) <= 1
+    other = {latent: other.latent for latent, other in partners(annotations, {}, seed=1).items()}
+    assert sum(other[latent] == before[latent] for latent in range(100)) < 10
 
 
 def test_a_judge_that_is_not_served_is_named_before_anything_is_asked(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is done, skipped and done again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from analysis.steps import (
     record_of,
     run_steps,
     sha256_of,
+    steps_of_pair,
     steps_of_study,
 )
 from analysis.taxonomy import categorise
 from extract.errors import BadInput
 from tests.analysis.made_study import make_study
+from train.crosscoder import CONFIG_FILE, WEIGHTS_FILE
 
 
 def two_steps(folder: Path, done: list[str], threshold: float = 0.5) -> list[Step]:
@@ -86,8 +89,21 @@ def test_a_half_written_record_is_no_record(folder: Path) -> None:
     assert ran(folder) == ["count"]
 
 
-def test_a_failed_step_is_not_done_and_its_old_record_is_gone(folder: Path) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_step_that_fails_before_it_writes_leaves_what_was_done(folder: Path, error: type[BaseException]) -> None:
     def fail() -> None:
+        assert not (folder / "count.json").exists()  # nobody may take it for done should the process die
+        raise error
+
+    step = Step("count", {"new": 1}, {"source": folder / "source.txt"}, ("count.txt",), fail)
+    with pytest.raises(error):
+        run_steps([step], folder)
+    assert ran(folder) == []
+
+
+def test_a_step_that_fails_while_it_writes_is_not_done(folder: Path) -> None:
+    def fail() -> None:
+        (folder / "count.txt").write_text("9")  # as long as before
         raise RuntimeError("disk on fire")
 
     step = Step("count", {"new": 1}, {"source": folder / "source.txt"}, ("count.txt",), fail)
@@ -97,6 +113,24 @@ def test_a_failed_step_is_not_done_and_its_old_record_is_gone(folder: Path) -> N
     assert ran(folder) == ["count"]
 
 
+def test_a_replaced_file_in_a_folder_counts_as_written(folder: Path) -> None:
+    (folder / "tables" / "deep").mkdir(parents=True)
+    (folder / "tables" / "deep" / "a.csv").write_text("1")
+
+    def work() -> None:
+        if fails:
+            (folder / "tables" / "deep" / "a.csv").write_text("2")
+            raise RuntimeError("disk on fire")
+
+    fails = False
+    step = Step("draw", {}, {}, ("tables",), work)
+    assert run_steps([step], folder) and not run_steps([step], folder)
+    fails = True
+    with pytest.raises(RuntimeError):
+        run_steps([replace(step, settings={"new": 1})], folder)
+    assert not (folder / "draw.json").exists()
+
+
 def test_the_record_names_settings_and_hashes(folder: Path) -> None:
     record = json.loads((folder / "judge.json").read_text())
     # printf 3 | sha256sum
@@ -104,6 +138,19 @@ def test_the_record_names_settings_and_hashes(folder: Path) -> None:
     assert record == {"step": "judge", "settings": {"threshold": 0.5}, "inputs": {"count": count}}
     step = two_steps(folder, [])[1]
     assert is_done(step, record_of(step), folder / "judge.json")
+
+
+def test_files_of_an_earlier_format_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their settings and inputs may be those of today."""
+    settings = AnalysisSettings(hookpoint="block3", store=str(tmp_path), pairs={"p": ["base", "tuned"]})
+    for name in ("tokens", "activations/base/block3", "activations/tuned/block3"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text("{}")
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        (tmp_path / name).write_text("{}")
+    before = record_of(steps_of_pair(settings, tmp_path, tmp_path)[0])
+    monkeypatch.setattr("analysis.steps.FORMAT_VERSION", 2)
+    assert record_of(steps_of_pair(settings, tmp_path, tmp_path)[0]) != before
 
 
 def test_a_missing_input(tmp_path: Path) -> None:

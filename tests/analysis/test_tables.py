@@ -9,6 +9,7 @@ from pathlib import Path
 
 from analysis.tables import (
     Table,
+    bounded,
     csv_of,
     escape_latex,
     interval,
@@ -38,6 +39,14 @@ def test_latex_escapes_every_special_character() -> None:
     assert escape_latex("a\nb") == "a b"
 
 
+def test_latex_has_no_control_characters_and_no_more_rows_than_a_page() -> None:
+    assert escape_latex("a\r\n b\t\x07c\u2028d\u0085e\u00a0f") == "a b c d e~f"
+    long = Table("many", "A lot.", ["x"], [[i] for i in range(300)], ["x"], [[f"row {i}"] for i in range(300)])
+    text = latex_of(long)
+    assert text.count("row ") == 40 and "The first 40 of 300 rows; all are in many.csv." in text
+    assert csv_of(long).count("\n") == 301
+
+
 def test_latex_is_a_booktabs_table() -> None:
     lines = latex_of(TABLE).splitlines()
     assert r"\caption{A \& B}" in lines
@@ -57,6 +66,11 @@ def test_both_forms_are_written(tmp_path: Path) -> None:
 def test_text_is_aligned() -> None:
     lines = text_of(TABLE).splitlines()
     assert lines == ["name  x (%)", "a_b      30", "~         –"]
+
+
+def test_a_measure_below_one_is_not_one() -> None:
+    assert [bounded(value) for value in (1.0, 0.9959, 0.9949, 0.0, math.nan)] == ["1.00", ">0.99", "0.99", "0.00", "–"]
+    assert [bounded(value, 3) for value in (0.99963, 0.9993, -0.5)] == [">0.999", "0.999", "−0.500"]
 
 
 def test_numbers() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from analysis.tags import (
     TaggedDocuments,
     auroc_of,
     best_f1_of,
+    best_scores,
     choose,
     evidence,
     f1_of,
     percentiles,
     read_documents,
+    read_scores,
     resampled_weights,
     write_tags,
 )
@@ -67,7 +70,7 @@ def test_a_perfect_latent(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).random(len(positive)).astype(np.float32)
     scores = {3: noise, 8: np.where(positive, 2.0 + noise, noise).astype(np.float32)}
     row = evidence(TagsConfig(), "asks", "tuned", scores, documents)
-    assert (row.latent, row.f1, row.f1_low, row.f1_high, row.auroc, row.found) == (8, 1, 1, 1, 1, True)
+    assert (row.latent, row.f1, row.f1_high, row.auroc, row.auroc_high, row.found) == (8, 1, 1, 1, 1, True)
     assert row.threshold == pytest.approx(1.5, abs=0.1)  # midway between the closest two
     assert row.num_positive == (positive & ~documents.chooses_n).sum()
     assert row.num_positive + row.num_negative == (~documents.chooses_n).sum()
@@ -119,6 +122,23 @@ def test_the_interval_covers_the_truth() -> None:
         low, high = percentiles(np.array([auroc_of(level, positive, weight) for weight in resamples]), 0.95)
         covered += low <= 0.7602 <= high
     assert covered >= 33  # 38 expected; fewer than 33 of 40 would have probability 0.001
+
+
+def test_an_interval_has_a_width_where_every_prompt_says_the_same() -> None:
+    """Nine tagged prompts of three documents, ninety untagged ones; the latent fires on two or three of each tagged."""
+    prompt = np.repeat(np.arange(99), 3)
+    positive, z2 = prompt < 9, 1.959964**2
+    value = np.where(positive, "asks", "")
+    documents = TaggedDocuments(np.tile(value, 2), np.tile(prompt, 2), np.arange(594) < 297)
+    for fires, f1, low in ((3, 1.0, 18 / (18 + z2)), (2, 0.8, 36 / (36 + 9 + 3 * z2))):
+        score = np.tile(np.where(positive & (np.arange(297) % 3 < fires), 2.0, 0.0), 2).astype(np.float32)
+        row = evidence(TagsConfig(resamples=200), "asks", "simpo", {7: score}, documents)
+        assert (row.num_positive_prompts, row.num_negative_prompts, row.num_positive) == (9, 90, 27)
+        assert row.f1 == pytest.approx(f1) and row.f1_low == pytest.approx(low, abs=1e-5)
+        assert row.f1_high == pytest.approx(1.0 if fires == 3 else (36 + 6 * z2) / (45 + 6 * z2), abs=1e-5)
+        # AUROC: of prompts that the latent is silent on, a document draws with all untagged ones.
+        auroc = 1.0 if fires == 3 else 2 / 3 + 1 / 6
+        assert row.auroc_low == pytest.approx((9 * auroc + z2 / 2) / (9 + z2), abs=1e-5) and row.auroc_high >= auroc
 
 
 @pytest.mark.parametrize(
@@ -196,6 +216,26 @@ def analysed(tmp_path: Path, tag: str = "behaviour") -> tuple[AnalysisSettings, 
     return settings, tmp_path
 
 
+def test_one_latent_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Scores of 1,000 latents in 2,000 documents are 8 MB; the best latents of three values are those of `choose`."""
+    rng = np.random.default_rng(0)
+    latent, document = (part.flatten().astype(np.int32) for part in np.indices((1000, 40)))
+    document = (latent * 7 + document * 31) % 2000
+    value = rng.random(len(latent)).astype(np.float32)
+    table = pa.table([pa.array(latent), pa.array(document), pa.array(value)], SCHEMA)
+    pq.write_table(table, tmp_path / "maxima.parquet")
+    documents = TaggedDocuments(rng.choice(["", "a", "b", "c"], 2000), np.arange(2000), rng.random(2000) < 0.5)
+    tracemalloc.start()
+    best = best_scores(read_scores(tmp_path / "maxima.parquet", list(range(1000)), 2000), ["a", "b", "c"], documents)
+    assert tracemalloc.get_traced_memory()[1] < 2e6
+    tracemalloc.stop()
+    chooses = documents.chooses_n
+    scores = {j: score[chooses] for j, score in read_scores(tmp_path / "maxima.parquet", list(range(1000)), 2000)}
+    for name, found in best.items():
+        assert list(found) == [choose(scores, (documents.value_n == name)[chooses])[0]]
+    assert len({latent for found in best.values() for latent in found}) == 3
+
+
 def table(path: Path) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -210,7 +250,7 @@ def test_tags_csv(tmp_path: Path) -> None:
     ]
     assert (found[1]["latent"], found[1]["f1"], found[1]["threshold"], found[1]["found"]) == ("0", "1.0", "1.0", "True")
     assert (found[0]["latent"], found[0]["found"]) == ("", "False")
-    assert float(found[1]["f1_low"]) == float(found[1]["auroc_high"]) == 1
+    assert 0.8 < float(found[1]["f1_low"]) < float(found[1]["f1_high"]) == float(found[1]["auroc_high"]) == 1
 
 
 def test_another_tag_is_attributed_to_its_model(tmp_path: Path) -> None:

@@ -89,6 +89,26 @@ def test_a_bad_taxonomy_is_named(tmp_path: Path, content: str, problem: str) -> 
         load_taxonomy(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"a: {b: c", "no YAML file"),
+        (b"a:\n\tb: c", "no YAML file"),
+        (b"a: {b: \xff\xfe}", "no YAML file in UTF-8"),
+        (b"a: {[1, 2]: c}", "no text for YAML"),
+        (b"a: {1: c, yes: d}", "'1' in line 1 is no text for YAML. Quote it"),
+        (b"a: {b: c, yes: d}", "'yes' in line 1 is no text"),
+        (b"a: {b: c, null: d}", "'null' in line 1 is no text"),
+        (b"a: {b: c, B: d}", "'b' is named 2 times"),
+    ],
+)
+def test_a_file_that_is_no_taxonomy_is_named(tmp_path: Path, content: bytes, problem: str) -> None:
+    path = tmp_path / "taxonomy.yaml"
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=problem):
+        load_taxonomy(path)
+
+
 def test_a_missing_taxonomy_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nowhere"):
         load_taxonomy(tmp_path / "nowhere.yaml")

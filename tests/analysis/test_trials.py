@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from analysis.examples import SCHEMA, Sample
-from analysis.trials import Material, detection, fuzzing, held_out, moved_marks, spread
+from analysis.llm.documents import marked
+from analysis.trials import Material, dealt, detection, fuzzing, held_out, moved_marks, spread
 
 NUM_QUANTILES = 5
 
@@ -23,18 +26,18 @@ def sample(document: int, fired: dict[int, float], kind: str = "activating", qua
     return Sample(document, tokens, fired, kind, quantile, max(fired.values(), default=0.0))
 
 
-def material(per_quantile: int = 6, others: int = 20) -> Material:
+def material(per_quantile: int = 6, others: int = 20, num_quantiles: int = NUM_QUANTILES) -> Material:
     activating = [
         sample(100 * quantile + i, {10: 1.0 + quantile, 11: 0.5, 20: 0.7}, quantile=quantile)
-        for quantile in range(NUM_QUANTILES)
+        for quantile in range(num_quantiles)
         for i in range(per_quantile)
     ]
-    near = [sample(1000 + i, {}, "near_miss") for i in range(others)]
+    near = [replace(sample(1000 + i, {}, "near_miss"), position=27) for i in range(others)]
     return Material(activating, near, [sample(2000 + i, {}, "silent") for i in range(others)])
 
 
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
 def test_positives_come_from_all_strata_and_half_of_the_negatives_are_near_misses() -> None:
@@ -61,21 +64,30 @@ def test_missing_kinds_are_made_up_for_by_the_other() -> None:
     assert Counter(trial.given.drawn for trial in few_silent) == {"activating": 4, "near_miss": 8, "silent": 2}
 
 
-def test_silent_documents_are_shown_around_tokens_at_random() -> None:
+def test_silent_documents_are_shown_around_tokens_at_random_and_near_misses_where_they_are_nearest() -> None:
     trials = [trial for trial in detection(material(), 10, 20, rng()) if not trial.given.truth]
-    peaks = [trial.example.peak for trial in trials]
-    assert len(set(peaks)) > 5 and all(max(trial.example.activations.values()) == 0 for trial in trials)
+    assert all(max(trial.example.activations.values()) == 0 for trial in trials)
+    peaks = {kind: [t.example.peak for t in trials if t.given.drawn == kind] for kind in ("silent", "near_miss")}
+    assert len(set(peaks["silent"])) > 5 and peaks["near_miss"] == [27] * 10
 
 
-def test_fuzzing_takes_every_document_once_and_both_truths_from_all_strata() -> None:
-    trials = fuzzing(material(), 10, 10, rng(), 30)
+@pytest.mark.parametrize(("num_quantiles", "seed"), [(n, seed) for n in (2, 4, 5, 10) for seed in range(5)])
+def test_fuzzing_takes_every_document_once_and_both_truths_from_all_strata(num_quantiles: int, seed: int) -> None:
+    found = material(per_quantile=max(6, 30 // num_quantiles), num_quantiles=num_quantiles)
+    trials = fuzzing(found, 10, 10, np.random.default_rng(seed), 30)
     assert Counter(trial.given.truth for trial in trials) == {True: 10, False: 10}
     assert len({trial.given.document for trial in trials}) == 20
-    for truth in (True, False):
-        assert len({trial.given.quantile for trial in trials if trial.given.truth == truth}) >= 4
+    strata = [{trial.given.quantile for trial in trials if trial.given.truth == truth} for truth in (True, False)]
+    assert strata[0] == strata[1] == set(range(num_quantiles))
     for trial in trials:
         is_true = set(trial.example.activations) == {10, 11, 20}
         assert is_true == trial.given.truth == (trial.given.drawn == "activating")
+
+
+def test_truths_are_dealt_evenly_within_strata_and_up_to_their_numbers() -> None:
+    strata = [sample(i, {0: 1.0}, quantile=quantile) for i, quantile in enumerate([0, 1, 2, 0, 1, 2, 0])]
+    assert dealt(strata, 4, 4) == [True, False, True, False, True, False, True]
+    assert Counter(dealt(strata, 1, 6)) == {True: 1, False: 6}
 
 
 def test_few_documents_are_shared_between_the_truths() -> None:
@@ -94,13 +106,16 @@ def test_moved_marks_have_the_lengths_of_the_true_ones_and_avoid_them(seed: int)
     assert 1 in gaps and max(gaps) > 1  # one run of two, one of one
 
 
-def test_marks_stay_within_what_is_shown_and_off_blanks() -> None:
+def test_marks_stay_within_what_is_shown_and_on_blanks_only_where_the_true_ones_are() -> None:
     tokens = ("a", " ", "\n", "b", " ", "c", "d")
     blank = Sample(1, tokens, {3: 1.0}, "activating", 0, 1.0)
     found = {
         min(moved.activations) for seed in range(30) if (moved := moved_marks(blank, 7, np.random.default_rng(seed)))
     }
     assert found == {0, 5, 6}
+    newline = replace(blank, activations={2: 1.0})
+    moved = {next(iter(found.activations)) for s in range(30) if (found := moved_marks(newline, 7, rng(s)))}
+    assert moved == {1, 4}
     everywhere = Sample(1, ("a", "b"), {0: 1.0, 1: 2.0}, "activating", 0, 2.0)
     assert moved_marks(everywhere, 2, rng()) is None
     far = sample(1, {10: 1.0})
@@ -108,12 +123,29 @@ def test_marks_stay_within_what_is_shown_and_off_blanks() -> None:
     assert moved is not None and all(6 <= position < 12 for position in moved.activations)
 
 
-def test_documents_without_room_for_moved_marks_stay_right() -> None:
+def test_documents_without_room_for_moved_marks_are_in_neither_part() -> None:
     full = Sample(7, ("a", "b"), {0: 1.0, 1: 2.0}, "activating", 0, 2.0)
-    trials = fuzzing(
-        Material([full, *[Sample(**{**vars(full), "document": i}) for i in (8, 9)]], [], []), 5, 5, rng(), 9
-    )
-    assert [trial.given.truth for trial in trials] == [True] * 3
+    trials = fuzzing(Material([full, *material().activating], [], []), 10, 10, rng(), 9)
+    assert len(trials) == 20 and 7 not in {trial.given.document for trial in trials}
+    assert fuzzing(Material([full], [], []), 10, 10, rng(), 9) == []
+
+
+def test_what_is_marked_does_not_tell_which_marks_are_moved() -> None:
+    """Marks on blanks, runs and their lengths are alike in both parts, also where documents exceed the window."""
+    draw = np.random.default_rng(1)
+    activating = []
+    for i in range(40):
+        tokens = tuple("\n" if draw.random() < 0.3 else f" w{j}" for j in range(200))
+        first = int(draw.integers(190))
+        fired = {first: 3.0, first + 1: 2.0, int(draw.integers(200)): 1.0, (first + 7) % 200: 0.5}
+        activating.append(Sample(i, tokens, fired, "activating", i % 10, 3.0))
+    pairs = [(true, moved) for true in activating if (moved := moved_marks(true, 32, draw))]
+    assert len(pairs) > 30
+    for true, moved in pairs:
+        shown = [re.findall("<<(.*?)>>", marked(e, 32, ("<<", ">>")), re.DOTALL) for e in (true, moved)]
+        looks = [sorted(re.sub(r" w\d+", "w", text) for text in texts) for texts in shown]
+        assert looks[0] == looks[1]
+        assert not set(moved.activations) & set(true.activations)
 
 
 def test_spread_takes_from_every_stratum_before_it_takes_twice() -> None:
@@ -135,7 +167,7 @@ def database(tmp_path: Path) -> Iterator[sqlite3.Connection]:
         for rank in range(4):
             connection.execute("INSERT INTO examples VALUES (1, ?, ?, ?, '[[0, 1.0]]')", (rank, rank, 9.0 - rank))
         for document in (0, 2, 4, 5):
-            connection.execute("INSERT INTO samples VALUES (1, 'activating', 0, ?, 1.0, '[[0, 1.0]]')", (document,))
+            connection.execute("INSERT INTO samples VALUES (1, 'activating', 0, ?, 1.0, '[[0, 1.0]]', 0)", (document,))
     yield connection
     connection.close()
 

@@ -47,6 +47,14 @@ def test_repeats_models_and_people_each_have_their_rows() -> None:
     assert found["cohen_kappa", "people", "category"].num_latents == 3
 
 
+def test_latents_of_a_group_are_one_cluster() -> None:
+    votes = [*votes_of("m", 0, "abcabc" * 5), *votes_of("m", 1, "abcaba" * 5)]
+    apart = agreement_of(votes, {}, GROUPS, QUICK)[0]
+    grouped = agreement_of(votes, {}, GROUPS, QUICK, lambda key: (key[0], key[1] % 6))[0]
+    assert apart.value == grouped.value and apart.num_latents == grouped.num_latents == 30
+    assert grouped.high - grouped.low > 1.5 * (apart.high - apart.low)
+
+
 def test_latents_without_a_category_do_not_count() -> None:
     votes = [*votes_of("m", 0, "ab.c"), *votes_of("m", 1, "a.cc")]
     row = agreement_of(votes, {}, GROUPS, QUICK)[0]

@@ -47,6 +47,9 @@ def test_a_killed_owner_takes_daemons_jobs_and_files_along(cluster: Cluster) -> 
     assert owner.stdout is not None
     folder = Path(owner.stdout.readline().strip())
     mark = f"SLURM_CONF={folder / 'slurm.conf'}".encode()
+    end_at = time.monotonic() + 30  # a job runs before its steps do
+    while len(list(marked(mark))) < 6 and time.monotonic() < end_at:
+        time.sleep(0.1)
     assert len(list(marked(mark))) >= 6  # munged, slurmctld, two slurmd, and sleep on each node
     owner.kill()
     owner.communicate()
