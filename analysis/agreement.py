@@ -23,11 +23,11 @@ with one_line_interrupts():
     from analysis.document_sheets import export_documents
     from analysis.people import ANSWERS, DOCUMENTS, LATENTS, add_said, export_latents, known_answers
     from analysis.sheets import check_new, read_sheet
+    from analysis.study_folders import categorised_folders
     from analysis.taxonomy import DEFAULT, load_taxonomy
     from analysis.votes import primary, read_votes
-    from extract.command import experiment_of, pairs_of, run
+    from extract.command import run
     from extract.errors import BadInput
-    from train.runs import run_folder
 
 
 @dataclass
@@ -59,7 +59,7 @@ class AgreementSettings(AnalysisSettings):
 
 def main(settings: AgreementSettings) -> None:
     """Exports a sheet, or reads one, or neither; then agreement.csv."""
-    folders = folders_of(settings)
+    folders = categorised_folders(settings)
     categories = load_taxonomy(Path(settings.analysis.taxonomy.path or DEFAULT))
     if settings.export:
         _export(settings, folders, categories)
@@ -69,19 +69,6 @@ def main(settings: AgreementSettings) -> None:
     for folder in folders:
         write_agreement(settings, [folder], folder)
     print(text_of(write_agreement(settings, folders, Path(settings.outputs) / "analysis")))
-
-
-def folders_of(settings: AnalysisSettings) -> list[Path]:
-    """The analysis folders of the study whose latents are categorised."""
-    pairs = [(pair, run_folder(pair, experiment_of(pair)).name) for pair in pairs_of(settings)]
-    folders = [Path(pair.outputs) / "analysis" / name for pair, name in pairs]
-    folders = [folder for folder in folders if (folder / "categories.csv").exists()]
-    if not folders:
-        raise BadInput(
-            f"{settings.study} has no categories in {settings.outputs}. "
-            f"Run `python -m analysis experiment={settings.study}` first."
-        )
-    return folders
 
 
 def _export(settings: AgreementSettings, folders: list[Path], categories: list[Category]) -> None:

@@ -192,6 +192,16 @@ def check_analysis(analysis: AnalysisConfig) -> None:
     check_pass(analysis.examples, analysis.intervals, analysis.nulls)
     if not analysis.save_minutes > 0:  # nan is not
         raise BadInput(f"analysis.save_minutes ({analysis.save_minutes}) must be positive.")
+    _check_numbers(analysis)
+    _check_naming(analysis)
+    check_compare(analysis.compare)
+    check_llm(analysis.llm)
+    _check_report(analysis.report)
+    if analysis.device not in ("auto", "cpu") and not analysis.device.startswith("cuda"):
+        raise BadInput(f'analysis.device ({analysis.device}) must be "auto", "cpu" or "cuda".')
+
+
+def _check_numbers(analysis: AnalysisConfig) -> None:
     for name, value in {
         "batch_tokens": analysis.batch_tokens,
         "tags.resamples": analysis.tags.resamples,
@@ -229,6 +239,9 @@ def check_analysis(analysis: AnalysisConfig) -> None:
     }.items():
         if seed < 0:
             raise BadInput(f"analysis.{name} ({seed}) must not be negative.")
+
+
+def _check_naming(analysis: AnalysisConfig) -> None:
     if analysis.annotate.num_documents > analysis.examples.top_documents:
         raise BadInput(
             f"analysis.annotate.num_documents ({analysis.annotate.num_documents}) exceeds what is stored for a latent, "
@@ -238,8 +251,6 @@ def check_analysis(analysis: AnalysisConfig) -> None:
         raise BadInput(f'analysis.annotate.annotator ({analysis.annotate.annotator}) must be "offline" or "llm".')
     if analysis.taxonomy.placer not in (None, "embedding", "llm"):
         raise BadInput(f'analysis.taxonomy.placer ({analysis.taxonomy.placer}) must be null, "embedding" or "llm".')
-    check_compare(analysis.compare)
-    check_llm(analysis.llm)
     if analysis.taxonomy.encoder not in ("auto", "minilm", "tfidf"):
         raise BadInput(f'analysis.taxonomy.encoder ({analysis.taxonomy.encoder}) must be "auto", "minilm" or "tfidf".')
     if not 0 <= analysis.taxonomy.similarity_floor < 1:
@@ -247,9 +258,6 @@ def check_analysis(analysis: AnalysisConfig) -> None:
             f"analysis.taxonomy.similarity_floor ({analysis.taxonomy.similarity_floor}) must lie in [0, 1): 0 puts "
             "every description into some category."
         )
-    _check_report(analysis.report)
-    if analysis.device not in ("auto", "cpu") and not analysis.device.startswith("cuda"):
-        raise BadInput(f'analysis.device ({analysis.device}) must be "auto", "cpu" or "cuda".')
 
 
 def _check_report(report: ReportConfig) -> None:

@@ -24,7 +24,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[AgreementSettings, Path, str]:
     """A scored folder, the settings of the command for it, and all that the judge was shown without marks."""
     settings, folder = make_folder(tmp_path)
-    monkeypatch.setattr("analysis.agreement.folders_of", lambda _: [folder])
+    monkeypatch.setattr("analysis.agreement.categorised_folders", lambda _: [folder])
     with MessagesStub(answer=judge, local=True) as stub:
         settings.analysis.llm.base_url = stub.url
         score(settings, folder)

@@ -213,7 +213,7 @@ def test_a_person_is_compared_with_the_annotator(tmp_path: Path, monkeypatch: py
     for folder in folders:
         annotate(settings, folder)
         categorise(settings, folder)
-    monkeypatch.setattr("analysis.agreement.folders_of", lambda _: folders)
+    monkeypatch.setattr("analysis.agreement.categorised_folders", lambda _: folders)
     sheet = tmp_path / "sheet.csv"
     given = AgreementSettings(**{**vars(settings), "export": str(sheet)})
     main(given)

@@ -11,7 +11,7 @@ DOCUMENTS = [
     "患者は東京在住の佐藤花子で電話番号は零三",
     "patient_record_4711_hanako_sato",
     "ผู้ป่วยชื่อสมชายอาศัยอยู่ที่กรุงเทพ",
-    "mail hanako@example.com, key sk-live-9fQ2xT71, /home/hanako/notes.txt, Correcthorsebatterystaple in room 4711",
+    "mail hanako@example.com, key sk-live-9fQ2xT71, /srv/hanako/notes.txt, Correcthorsebatterystaple in room 4711",
 ]
 KNOWN = quotable(DOCUMENTS)
 
@@ -32,7 +32,7 @@ def test_a_whole_document_without_marks_is_withheld(document: str) -> None:
         "HANAKO@example.com",
         "sk-live-9fQ2xT71",
         "9fQ2xT71",
-        "home/hanako",
+        "srv/hanako",
         "CorrectHorseBatteryStaple",
         "4111-1111-1111-1111",
         "4012888888881881",
