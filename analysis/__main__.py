@@ -11,10 +11,10 @@ with one_line_interrupts():
     from omegaconf import OmegaConf
 
     from analysis.config import AnalysisSettings
-    from analysis.pass_state import STATE_FILE
-    from analysis.scoring import judge_of
+    from analysis.latents.state import STATE_FILE
+    from analysis.scoring.step import judge_of
     from analysis.steps import ASKING, Step, has_settings, run_steps, steps_of_pair, steps_of_study
-    from analysis.taxonomy import DEFAULT, load_taxonomy, placer_of
+    from analysis.taxonomy.step import DEFAULT, load_taxonomy, placer_of
     from analysis.tracking import track
     from extract.command import experiment_of, pairs_of, run
     from extract.publish import publish

@@ -17,15 +17,15 @@ from pathlib import Path
 from extract.interrupts import one_line_interrupts
 
 with one_line_interrupts():
-    from analysis.agreeing import people_folder, text_of, write_agreement
-    from analysis.categories import Category
     from analysis.config import AnalysisSettings
-    from analysis.document_sheets import export_documents
-    from analysis.people import ANSWERS, DOCUMENTS, LATENTS, add_said, export_latents, known_answers
-    from analysis.sheets import check_new, read_sheet
+    from analysis.scoring.agreeing import people_folder, text_of, write_agreement
+    from analysis.scoring.document_sheets import export_documents
+    from analysis.scoring.people import ANSWERS, DOCUMENTS, LATENTS, add_said, export_latents, known_answers
+    from analysis.scoring.sheets import check_new, read_sheet
+    from analysis.scoring.votes import primary, read_votes
     from analysis.study_folders import categorised_folders
-    from analysis.taxonomy import DEFAULT, load_taxonomy
-    from analysis.votes import primary, read_votes
+    from analysis.taxonomy.categories import Category
+    from analysis.taxonomy.step import DEFAULT, load_taxonomy
     from extract.command import run
     from extract.errors import BadInput
 

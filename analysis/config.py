@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from analysis.compare_config import CompareConfig, check_compare
+from analysis.compare.config import CompareConfig, check_compare
+from analysis.firings.config import ExamplesConfig, IntervalsConfig, NullsConfig, check_pass
 from analysis.llm.config import LlmConfig, check_llm
-from analysis.pass_config import ExamplesConfig, IntervalsConfig, NullsConfig, check_pass
 from extract.errors import BadInput
 from train.config import TrainSettings
 

@@ -8,7 +8,7 @@ from extract.interrupts import one_line_interrupts, stops_interrupt
 
 with one_line_interrupts():
     from analysis.config import AnalysisSettings
-    from analysis.discovery import discover
+    from analysis.taxonomy.discovery import discover
     from extract.command import experiment_of, pairs_of, run
     from train.runs import run_folder
 

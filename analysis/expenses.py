@@ -9,13 +9,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from analysis.config import NOT_MODELS, AnalysisSettings
-from analysis.examples import read_examples, reading
+from analysis.examples.database import read_examples, reading
 from analysis.llm.estimating import EXPECTED_OUTPUT
 from analysis.llm.ledger import Ledger, ledger_path
 from analysis.llm.prices import BATCH_FACTOR, MILLION, dollars, price_of
-from analysis.placing import instructions
-from analysis.scoring import CONTROLS, judge_of
-from analysis.taxonomy import DEFAULT, load_taxonomy, placer_of
+from analysis.scoring.step import CONTROLS, judge_of
+from analysis.taxonomy.placing import instructions
+from analysis.taxonomy.step import DEFAULT, load_taxonomy, placer_of
 from extract.errors import BadInput
 
 # Latents of a pair whose documents are looked at.

@@ -15,18 +15,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from analysis.agreeing import AGREEMENT
-from analysis.annotate import annotate, has_failed
-from analysis.comparison import compare, inputs_of_comparison, outputs_of
+from analysis.annotate.step import annotate, has_failed
+from analysis.compare.step import compare, inputs_of_comparison, outputs_of
 from analysis.config import AnalysisConfig, AnalysisSettings
-from analysis.judging import PROMPTS
-from analysis.latents import EXAMPLES, FORMAT_VERSION, LATENTS, MAXIMA, OUTPUTS, write_latents
+from analysis.latents.step import EXAMPLES, FORMAT_VERSION, LATENTS, MAXIMA, OUTPUTS, write_latents
 from analysis.llm.prompting import hash_of
-from analysis.report import NEEDED, optional_inputs, report
-from analysis.scores import SCORES, SUMMARY, VERDICTS
-from analysis.scoring import has_failed_scores, judge_of, score
+from analysis.report.step import NEEDED, optional_inputs, report
+from analysis.scoring.agreeing import AGREEMENT
+from analysis.scoring.judging import PROMPTS
+from analysis.scoring.scores import SCORES, SUMMARY, VERDICTS
+from analysis.scoring.step import has_failed_scores, judge_of, score
 from analysis.tags import write_tags
-from analysis.taxonomy import DEFAULT, categorise, has_failed_places, placer_of
+from analysis.taxonomy.step import DEFAULT, categorise, has_failed_places, placer_of
 from extract.command import OWNERS
 from extract.errors import BadInput
 from extract.publish import publish

@@ -20,8 +20,9 @@ with one_line_interrupts():
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    from analysis import figures, tables
+    from analysis import tables
     from analysis.config import AnalysisSettings
+    from analysis.report import figures
     from analysis.sweep_rows import Row, block_order, rows_of
     from extract.command import run
     from extract.publish import publish

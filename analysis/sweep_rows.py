@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import yaml
 
-from analysis.columns import read_columns
 from analysis.config import AnalysisSettings, OwnerConfig
-from analysis.owners import holders
-from analysis.report_pairs import last_value, read_metrics
+from analysis.latents.columns import read_columns
+from analysis.latents.owners import holders
+from analysis.report.pairs import last_value, read_metrics
 from extract.errors import BadInput
 from train.crosscoder import CONFIG_FILE, WEIGHTS_FILE, Crosscoder
 from train.histograms import delta_norm

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analysis.config import AnalysisSettings, TagsConfig
-from analysis.maxima import read_maxima
+from analysis.examples.maxima import read_maxima
 from extract.publish import publish
 from extract.stores import TokenDocument, TokenStore
 from train.runs import selected_pair

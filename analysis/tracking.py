@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from analysis.comparison import outputs_of
+from analysis.compare.step import outputs_of
 from analysis.config import AnalysisSettings
-from analysis.report import NEEDED
+from analysis.report.step import NEEDED
 from extract.mirror import Mirror
 from train.metric_table import units
 

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from analysis.config import AnalysisSettings
-from analysis.latent_pass import LatentPass, state_folder
-from analysis.latents import owned_and_sampled, write_latents
-from analysis.pass_state import PassState
-from analysis.reading import Reading, TokenBatch
-from analysis.scaling import decoder_gram, nu
-from analysis.token_kinds import read_kinds
+from analysis.firings.reading import Reading, TokenBatch
+from analysis.firings.token_kinds import read_kinds
+from analysis.latents.one_pass import LatentPass, state_folder
+from analysis.latents.scaling import decoder_gram, nu
+from analysis.latents.state import PassState
+from analysis.latents.step import owned_and_sampled, write_latents
 from benchmarks.timing import machine
 from extract.command import experiment_of, run
 from train.crosscoder import Crosscoder

@@ -18,10 +18,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.annotate import annotate
-from analysis.annotations import read_annotations
+from analysis.annotate.annotations import read_annotations
+from analysis.annotate.step import annotate
 from analysis.config import AnalysisSettings
-from analysis.taxonomy import categorise
+from analysis.taxonomy.step import categorise
 from benchmarks.timing import machine
 from tests.analysis.made_study import FILLER_TEXT, write_examples
 

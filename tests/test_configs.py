@@ -15,6 +15,7 @@ from extract.errors import BadInput
 from train.config import TrainSettings
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("extract", "train", "analysis")
 FOLDER = CONFIGS / "experiment"
 EXPERIMENTS = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.yaml"))
 OWN_MODELS = ["models.base=a/b", "models.tuned=c/d", "corpus=some.jsonl"]
@@ -69,8 +70,7 @@ def _choices(defaults: list) -> list[tuple[str, str]]:
 
 def test_every_setting_is_read_where_work_is_done():
     """A setting that no code reads is a promise that nobody keeps; a check in its own config.py is not reading it."""
-    packages = ("extract", "train", "analysis")
-    files = [path for package in packages for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".j2")]
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".j2")]
     code = "\n".join(path.read_text() for path in files if path.name != "config.py")
     derived = {"training.num_tokens"}  # read through TrainingConfig.num_steps
     for name in set(setting_names(AnalysisSettings)) - derived:
@@ -79,7 +79,7 @@ def test_every_setting_is_read_where_work_is_done():
 
 def test_every_field_is_documented():
     """The line above a field is its comment (a section's field is documented by the docstring of its class)."""
-    for file in ROOT.glob("*/config.py"):
+    for file in (path for package in PACKAGES for path in (ROOT / package).rglob("config.py")):
         lines = file.read_text().splitlines()
         for number, line in enumerate(lines):
             field = re.match(r"    (\w+): ([\w.\[\], |]+) = ", line)

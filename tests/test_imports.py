@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = {"extract": 0, "train": 1, "analysis": 2, "demo": 3}
+ANALYSIS_ORDER = ("firings", "examples", "latents", "llm", "annotate", "taxonomy", "compare", "scoring", "report")
+ABOVE_THE_PARTS = ("agreement", "discover", "expenses", "steps", "sweep", "sweep_rows", "tracking")
 
 
 def imported_packages(source: str) -> set[str]:
@@ -42,10 +44,24 @@ def test_the_check_sees_every_form_of_import():
     assert {"train", "analysis", "demo"} <= imported_packages(source)
 
 
+@pytest.mark.parametrize("part", ANALYSIS_ORDER)
+def test_no_part_of_the_analysis_imports_a_later_one(part: str):
+    """Nor the commands, the dashboard and the table of steps, which stand above them all."""
+    later = {*ANALYSIS_ORDER[ANALYSIS_ORDER.index(part) + 1 :], "dashboard", *ABOVE_THE_PARTS}
+    files = sorted((ROOT / "analysis" / part).glob("*.py"))
+    assert len(files) > 1, f"analysis/{part} has no modules"
+    for file in files:
+        imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+        parts = {name.split(".")[1] for name in names if name.startswith("analysis.")}
+        assert not parts & later, f"{file.relative_to(ROOT)} imports {parts & later}"
+
+
 def test_every_module_is_on_the_map():
     """ARCHITECTURE.md names every module, and only modules that exist."""
     text = (ROOT / "ARCHITECTURE.md").read_text()
-    for package in ("extract", "train", "analysis", "analysis/llm", "analysis/dashboard"):
+    parts = [f"analysis/{part}" for part in (*ANALYSIS_ORDER, "dashboard")]
+    for package in ("extract", "train", "analysis", *parts):
         section = text.split(f"### {package}\n")[1].split("\n### ")[0].split("\n## ")[0]
         rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
         named = {name.strip().strip("`") for row in rows for name in row.split(",")}

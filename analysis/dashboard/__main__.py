@@ -16,7 +16,7 @@ from extract.interrupts import one_line_interrupts
 with one_line_interrupts():
     from analysis.config import AnalysisSettings
     from analysis.dashboard.crosscoders import folders_in, load
-    from analysis.taxonomy import DEFAULT, load_taxonomy
+    from analysis.taxonomy.step import DEFAULT, load_taxonomy
     from extract.command import run
     from extract.errors import BadInput
 

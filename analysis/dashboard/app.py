@@ -9,11 +9,11 @@ from dash import Dash, Input, Output, State, ctx, no_update, set_props
 from dash.development.base_component import Component
 from flask import Response, abort, request
 
-from analysis.categories import OTHER, Category
 from analysis.dashboard import comparing, labelling, layout, views
 from analysis.dashboard.crosscoders import Crosscoder, folders_in, load
 from analysis.dashboard.documents import shown_documents
 from analysis.dashboard.filters import NO_CATEGORY, Filter, matching, num_pages, page_of
+from analysis.taxonomy.categories import OTHER, Category
 from extract.errors import BadInput
 
 LOCAL = ("127.0.0.1", "localhost", "::1")

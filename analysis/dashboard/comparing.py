@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from dash import dcc, html
 from dash.development.base_component import Component
 
+from analysis.compare.statistics import wilson
 from analysis.dashboard.crosscoders import Crosscoder
 from analysis.dashboard.views import path_of
-from analysis.statistics import wilson
 
 # Latents listed on either side.
 LISTED = 200

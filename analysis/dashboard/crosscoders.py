@@ -15,13 +15,13 @@ from threading import Lock
 
 import numpy as np
 
-from analysis.annotations import Annotation, read_annotations
-from analysis.categories import Placed, read_categories
-from analysis.columns import Columns, members_of, models_of, nu_column, owners_in_order, read_columns
+from analysis.annotate.annotations import Annotation, read_annotations
 from analysis.config import NOT_MODELS
-from analysis.examples import reading
+from analysis.examples.database import reading
 from analysis.human import HUMAN, RECORD, HumanLabel, read_labels
-from analysis.scores import SCORED, SCORES, Score, read_scores
+from analysis.latents.columns import Columns, members_of, models_of, nu_column, owners_in_order, read_columns
+from analysis.scoring.scores import SCORED, SCORES, Score, read_scores
+from analysis.taxonomy.categories import Placed, read_categories
 from extract.errors import BadInput
 
 LATENTS, EXAMPLES, ANNOTATIONS, CATEGORIES = (

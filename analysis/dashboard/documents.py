@@ -12,9 +12,9 @@ from dash import html
 from dash.development.base_component import Component
 
 from analysis.dashboard.crosscoders import database
-from analysis.examples import Example, has_samples, read_examples, read_samples
-from analysis.excerpts import Span, spans_of
-from analysis.samples import NEAR_MISS
+from analysis.examples.database import Example, has_samples, read_examples, read_samples
+from analysis.examples.excerpts import Span, spans_of
+from analysis.examples.samples import NEAR_MISS
 
 MAX_DOCUMENTS = 100
 TOP = "top"

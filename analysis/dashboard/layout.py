@@ -7,7 +7,7 @@ from dash.development.base_component import Component
 
 from analysis.dashboard.documents import TOP
 from analysis.dashboard.filters import ORDERS
-from analysis.samples import ACTIVATING, NEAR_MISS, SILENT
+from analysis.examples.samples import ACTIVATING, NEAR_MISS, SILENT
 
 KINDS = {TOP: "top", ACTIVATING: "by strength", NEAR_MISS: "near misses", SILENT: "silent"}
 CONTEXTS = {64: "64 tokens", 256: "256 tokens", 1_000_000: "whole documents"}

@@ -12,9 +12,9 @@ from urllib.parse import quote, unquote
 from dash import dcc, html
 from dash.development.base_component import Component
 
-from analysis.columns import nu_column, pair_column
 from analysis.dashboard.crosscoders import Crosscoder
-from analysis.scores import NONE, Score
+from analysis.latents.columns import nu_column, pair_column
+from analysis.scoring.scores import NONE, Score
 
 HEADING = ("latent", "owner", "label", "category", "confidence")
 NUMBERS = ("ν error", "ν recon.", "frequency", "max")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from analysis.examples import Example
-from analysis.wording import TEMPLATE
+from analysis.examples.database import Example
+from analysis.examples.wording import TEMPLATE
 
 # Brackets around firing tokens: the first pair that no document uses.
 MARKS = (("<<", ">>"), ("«", "»"), ("⟦", "⟧"), ("⟪", "⟫"), ("❰", "❱"))

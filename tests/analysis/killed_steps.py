@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from analysis import describing, placing  # noqa: F401  # imported by the steps when they run
-from analysis.annotate import annotate
+from analysis.annotate.step import annotate
 from analysis.config import AnalysisSettings
-from analysis.taxonomy import categorise
+from analysis.taxonomy.step import categorise
 from extract.errors import BadInput
 from extract.interrupts import EXIT_INTERRUPTED, stops_interrupt
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analysis.config import AnalysisSettings
-from analysis.examples import SCHEMA
+from analysis.examples.database import SCHEMA
 from analysis.tags import TagRow
 from extract.config import ModelConfig
 

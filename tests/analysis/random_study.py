@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from analysis.config import AnalysisSettings
-from analysis.latent_pass import LatentPass
-from analysis.latents import write_latents
-from analysis.reading import TokenBatch
+from analysis.firings.reading import TokenBatch
+from analysis.latents.one_pass import LatentPass
+from analysis.latents.step import write_latents
 from extract.config import ModelConfig
 from extract.shards import write_activations, write_tokens
 from extract.stores import TokenDocument

@@ -11,7 +11,7 @@ import pytest
 
 from analysis.__main__ import analysed_folders, folders_of, main
 from analysis.config import AnalysisSettings
-from analysis.pass_state import STATE_FILE
+from analysis.latents.state import STATE_FILE
 from extract.activations import extract
 from extract.command import compose
 from extract.errors import BadInput

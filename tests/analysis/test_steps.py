@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.annotate import annotate
+from analysis.annotate.step import annotate
 from analysis.config import AnalysisSettings
 from analysis.steps import (
     Step,
@@ -19,7 +19,7 @@ from analysis.steps import (
     steps_of_pair,
     steps_of_study,
 )
-from analysis.taxonomy import categorise
+from analysis.taxonomy.step import categorise
 from extract.errors import BadInput
 from tests.analysis.made_study import make_study
 from train.crosscoder import CONFIG_FILE, WEIGHTS_FILE

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.config import AnalysisSettings, TagsConfig
-from analysis.maxima import SCHEMA
+from analysis.examples.maxima import SCHEMA
 from analysis.tags import (
     TaggedDocuments,
     auroc_of,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from analysis.annotate import annotate
-from analysis.comparison import compare
-from analysis.report import report
-from analysis.taxonomy import categorise
+from analysis.annotate.step import annotate
+from analysis.compare.step import compare
+from analysis.report.step import report
+from analysis.taxonomy.step import categorise
 from analysis.tracking import latents_by_owner, track
 from tests.analysis.made_study import make_study
 from tests.wandb_files import isolate, offline_parts

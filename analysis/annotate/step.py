@@ -1,0 +1,41 @@
+"""The step that describes every model-specific latent, offline or by a language model."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from analysis.annotate.annotations import (
+    ANNOTATIONS,
+    ANNOTATOR,
+    Annotation,
+    read_annotations,
+    write_annotations,
+)
+from analysis.annotate.offline import describe_offline
+from analysis.config import NOT_MODELS, AnalysisSettings
+from analysis.examples.database import check_samples, reading
+
+__all__ = ["ANNOTATOR", "Annotation", "annotate", "has_failed", "read_annotations"]
+
+
+def annotate(settings: AnalysisSettings, folder: Path) -> None:
+    """Describe every model-specific latent of an analysis folder -> `annotations.jsonl`, whole or not at all."""
+    config = settings.analysis.annotate
+    latents = pq.read_table(folder / "latents.parquet", columns=["latent", "owner"]).to_pylist()
+    owned = [(row["latent"], row["owner"]) for row in latents if row["owner"] not in NOT_MODELS]
+    with reading(folder) as database:
+        if config.annotator == "llm":
+            check_samples(database, folder)  # what descriptions are scored with, before any is paid for
+            from analysis.annotate.describing import describe_by_llm  # loads a client that takes a second
+
+            records = describe_by_llm(settings, folder.name, database, owned)
+        else:
+            records = describe_offline(database, owned, config)
+    write_annotations(folder, records)
+
+
+def has_failed(folder: Path) -> bool:
+    """Whether there are questions that no response came to, which another run asks again."""
+    if not (folder / ANNOTATIONS).exists():
+        return False
+    return any(record.outcome == "failed" and record.request for record in read_annotations(folder, votes=True))
