@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import takewhile
 from pathlib import Path
 
 from extract.interrupts import one_line_interrupts, stops_interrupt
@@ -13,7 +14,7 @@ with one_line_interrupts():
     from analysis.config import AnalysisSettings
     from analysis.latents.state import STATE_FILE
     from analysis.scoring.step import judge_of
-    from analysis.steps import ASKING, Step, has_settings, run_steps, steps_of_pair, steps_of_study
+    from analysis.steps import Step, is_current, run_steps, steps_of_pair, steps_of_study
     from analysis.taxonomy.step import DEFAULT, load_taxonomy, placer_of
     from analysis.tracking import track
     from extract.command import experiment_of, pairs_of, run
@@ -35,17 +36,18 @@ def analyse(settings: AnalysisSettings) -> None:
     # What one pair lacks is said before hours of work on another, and what the last step would refuse before the first.
     work = {folder: steps_of_pair(pair, crosscoder_folder, folder) for pair, crosscoder_folder, folder in places}
     load_taxonomy(Path(settings.analysis.taxonomy.path or DEFAULT))
-    asks = _check_access(settings, work)
+    asking = _check_access(settings, work)
     for pair, _, folder in places:
         save_settings(pair, folder)
     any_done = False
-    if asks:  # all that is free comes first: it tells what the rest of the study will cost
+    if asking:  # all that is free comes first: it tells what the rest of the study will cost
         from analysis.expenses import check_expenses  # loads a client that takes a second
 
         for folder, steps in work.items():
-            any_done |= run_steps([step for step in steps if step.name not in ASKING], folder)
+            free = list(takewhile(lambda step: step.name not in asking, steps))
+            any_done |= run_steps(free, folder)
+            work[folder] = steps[len(free) :]
         check_expenses(settings, list(work))
-        work = {folder: [step for step in steps if step.name in ASKING] for folder, steps in work.items()}
     for folder, steps in work.items():
         any_done |= run_steps(steps, folder)
     pair, _, folder = places[0]
@@ -70,20 +72,24 @@ def _note_start(settings: AnalysisSettings) -> None:
     note_start(outputs / "report" / "restarts.json", newest, limit, where)
 
 
-def _check_access(settings: AnalysisSettings, work: dict[Path, list[Step]]) -> bool:
-    """Whether steps will ask a language model, as far as records tell before hours of other work; BadInput if that
-    cannot be asked.
+def _check_access(settings: AnalysisSettings, work: dict[Path, list[Step]]) -> set[str]:
+    """The steps that may ask language models, none if nothing is to be done that leads to a question. BadInput, before
+    hours of other work, for models that cannot be asked.
     """
-    annotates = "llm" in (settings.analysis.annotate.annotator, placer_of(settings.analysis))
-    judge = judge_of(settings.analysis)
-    models = dict.fromkeys([*(settings.analysis.llm.models if annotates else ()), *([judge] if judge else ())])
-    asking = [(folder, step) for folder, steps in work.items() for step in steps if step.name in ASKING]
-    if not models or all(has_settings(step, folder) and not step.is_lacking() for folder, step in asking):
-        return False
+    config, judge = settings.analysis, judge_of(settings.analysis)
+    asked = {
+        "annotate": config.llm.models if config.annotate.annotator == "llm" else [],
+        "categorise": config.llm.models if placer_of(config) == "llm" else [],
+        "score": [judge] if judge else [],
+    }
+    models = dict.fromkeys(model for names in asked.values() for model in names)
+    leading = [(folder, step) for folder, steps in work.items() for step in steps if step.name in ("latents", *asked)]
+    if not models or all(is_current(step, folder) for folder, step in leading):
+        return set()
     from analysis.llm.preflight import check_access  # loads a client that takes a second
 
-    check_access(settings.analysis.llm, list(models))
-    return True
+    check_access(config.llm, list(models))
+    return {step for step, names in asked.items() if names}
 
 
 def save_settings(settings: AnalysisSettings, folder: Path) -> None:

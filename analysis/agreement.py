@@ -11,6 +11,7 @@ agreement.csv stands in every analysis folder, and over the latents of all pairs
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,9 +85,8 @@ def _export(settings: AgreementSettings, folders: list[Path], categories: list[C
         size = export_latents(sheet, keys, latents, folders[0].parent, categories, analysis.agreement)
         print(f"{sheet}: {size} of {len(latents)} latents. Fill in the column `category` with a name")
         print(f"of {sheet.with_suffix('.categories.csv')}.")
-    print(
-        f"Then: python -m analysis.agreement experiment={settings.study} unit={settings.unit} filled={sheet} who=NAME"
-    )
+    again = [argument for argument in settings.composed_from if not argument.startswith("export=")]
+    print(f"Then: {shlex.join(['python', '-m', 'analysis.agreement', *again, f'filled={sheet}', 'who=NAME'])}")
 
 
 def _import(settings: AgreementSettings, categories: list[Category]) -> None:

@@ -1,5 +1,6 @@
 """The settings of the analysis: what counts as a latent of one model, and how it is shown, named and compared."""
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -194,6 +195,7 @@ def check_analysis(analysis: AnalysisConfig) -> None:
         raise BadInput(f"analysis.save_minutes ({analysis.save_minutes}) must be positive.")
     _check_numbers(analysis)
     _check_naming(analysis)
+    _check_scoring(analysis)
     check_compare(analysis.compare)
     check_llm(analysis.llm)
     _check_report(analysis.report)
@@ -260,14 +262,27 @@ def _check_naming(analysis: AnalysisConfig) -> None:
         )
 
 
+def _check_scoring(analysis: AnalysisConfig) -> None:
+    """A judge is shown documents that were drawn: more than these there are not."""
+    scoring, drawn = analysis.scoring, analysis.examples
+    strata, silent = drawn.num_quantiles * drawn.samples_per_quantile, drawn.num_silent + drawn.num_near_miss
+    for name, most, source in (("positives", strata, "samples_per_quantile"), ("negatives", silent, "num_silent")):
+        wanted = getattr(scoring, name)
+        if wanted > most and (scoring.judge or analysis.annotate.annotator == "llm"):
+            raise BadInput(
+                f"analysis.scoring.{name} ({wanted}) exceeds the documents that are drawn for a latent ({most}). Lower "
+                f"it, or raise analysis.examples.{source}."
+            )
+
+
 def _check_report(report: ReportConfig) -> None:
     if report.redact not in REDACTIONS:
         raise BadInput(
             f'analysis.report.redact ({report.redact}) must be "none", "documents" (withhold the text of documents and '
             'what quotes them) or "all" (descriptions and labels too).'
         )
-    if report.max_megabytes <= 0:
-        raise BadInput(f"analysis.report.max_megabytes ({report.max_megabytes}) must be positive.")
+    if not 0 < report.max_megabytes < math.inf:
+        raise BadInput(f"analysis.report.max_megabytes ({report.max_megabytes}) must be a positive number.")
 
 
 def _check_owner(owner: OwnerConfig) -> None:

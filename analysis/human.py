@@ -81,16 +81,25 @@ def read_labels(folder: Path) -> dict[int, HumanLabel]:
 
     Lines of another crosscoder are left out, with a warning. BadInput for a line that is no label.
     """
-    path = folder / HUMAN
-    if not path.exists():
-        return {}
-    lines = enumerate(path.read_bytes().splitlines(), 1)
-    labels = [_parse(path, number, line) for number, line in lines if line.strip()]
+    if unused := unused_labels(folder):
+        log.warning(unused)
     crosscoder = crosscoder_of(folder)
-    last = {label.latent: label for label in labels if label.crosscoder == crosscoder}
-    if num_others := sum(label.crosscoder != crosscoder for label in labels):
-        log.warning("%s: %d of %d lines are of another crosscoder and not used", path, num_others, len(labels))
+    last = {label.latent: label for label in _lines(folder) if label.crosscoder == crosscoder}
     return {latent: label for latent, label in last.items() if label.label or label.category}
+
+
+def unused_labels(folder: Path) -> str:
+    """Says how many lines are of another crosscoder; nothing where none is."""
+    labels, crosscoder = _lines(folder), crosscoder_of(folder)
+    num_others = sum(label.crosscoder != crosscoder for label in labels)
+    said = f"{folder / HUMAN}: {num_others} of {len(labels)} lines are of another crosscoder and not used"
+    return said if num_others else ""
+
+
+def _lines(folder: Path) -> list[HumanLabel]:
+    path = folder / HUMAN
+    lines = enumerate(path.read_bytes().splitlines(), 1) if path.exists() else ()
+    return [_parse(path, number, line) for number, line in lines if line.strip()]
 
 
 def _parse(path: Path, number: int, line: bytes) -> HumanLabel:

@@ -1,8 +1,8 @@
 """Which steps of the analysis are missing, and doing just those.
 
-A step writes its outputs and then `<step>.json`: its settings and the sha256 of every file that it read. A step whose
-record says what a new one would say is skipped; any other is done again, and with it what depends on its outputs,
-because their hashes change.
+A step writes its outputs and then `<step>.json`: its settings, the sha256 of every file that it read, and the sizes of
+those that it wrote. A step whose record says what a new one would say is skipped; any other is done again, and with it
+what depends on its outputs, because their hashes change.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from analysis.annotate.step import annotate, has_failed
@@ -20,8 +21,9 @@ from analysis.compare.step import compare, inputs_of_comparison, outputs_of
 from analysis.config import AnalysisConfig, AnalysisSettings
 from analysis.latents.step import EXAMPLES, FORMAT_VERSION, LATENTS, MAXIMA, OUTPUTS, write_latents
 from analysis.llm.prompting import hash_of
-from analysis.report.step import NEEDED, optional_inputs, report
-from analysis.scoring.agreeing import AGREEMENT
+from analysis.made_with import RECORDS
+from analysis.report.step import NEEDED, REPORTED, optional_inputs, report
+from analysis.scoring.agreeing import AGREEMENT, write_agreement
 from analysis.scoring.judging import PROMPTS
 from analysis.scoring.scores import SCORES, SUMMARY, VERDICTS
 from analysis.scoring.step import has_failed_scores, judge_of, score
@@ -33,16 +35,7 @@ from extract.publish import publish
 from train.crosscoder import CONFIG_FILE, WEIGHTS_FILE
 from train.runs import selected_pair
 
-ANNOTATIONS, CATEGORIES, CLASSES, TAGS, INDEX = (
-    "annotations.jsonl",
-    "categories.csv",
-    "classes.csv",
-    "tags.csv",
-    "index.html",
-)
-
-# Steps of a pair that may ask language models.
-ASKING = ("annotate", "categorise", "score")
+ANNOTATIONS, CATEGORIES, CLASSES, TAGS = "annotations.jsonl", "categories.csv", "classes.csv", "tags.csv"
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ def run_steps(steps: list[Step], folder: Path) -> bool:
         print(f"{folder.name}: {step.name}")
         with withdrawn(path, [folder / output for output in step.outputs]):
             step.work()
-        publish(path, (json.dumps(record, indent=1) + "\n").encode())
+        publish(path, _text(record, step, folder))
         any_missing = True
     return any_missing
 
@@ -96,30 +89,42 @@ def _stamps(outputs: list[Path]) -> list[tuple[Path, int, int, int]]:
 
 
 def record_of(step: Step) -> dict:
-    """What the record of a step says once it is done. BadInput for an input that is missing."""
+    """What the record of a step says once it is done, but for its outputs. BadInput for an input that is missing."""
     hashes = {name: sha256_of(path) for name, path in step.inputs.items()}
     return {"step": step.name, "settings": step.settings, "inputs": hashes}
 
 
 def is_done(step: Step, record: dict, path: Path) -> bool:
-    """Whether the record at `path` is this one and no output was deleted since."""
+    """Whether the record at `path` is this one and no output was deleted or cut off since."""
     if not path.exists() or not all((path.parent / output).exists() for output in step.outputs):
         return False
-    return path.read_bytes() == (json.dumps(record, indent=1) + "\n").encode()
+    return path.read_bytes() == _text(record, step, path.parent)
 
 
-def has_settings(step: Step, folder: Path) -> bool:
-    """Whether a step was done with its settings of today, whatever became of its inputs, and its outputs are there."""
+def _text(record: dict, step: Step, folder: Path) -> bytes:
+    """The record in a file, with the bytes of every output as it lies there; a folder has none of its own."""
+    sizes = {name: (folder / name).stat().st_size for name in step.outputs if (folder / name).is_file()}
+    return (json.dumps(record | {"outputs": sizes}, indent=1) + "\n").encode()
+
+
+def is_current(step: Step, folder: Path) -> bool:
+    """Whether there is nothing to do in a step now; what it reads may be missing, as where no step was done yet."""
     path = folder / f"{step.name}.json"
-    if not path.exists() or not all((folder / output).exists() for output in step.outputs):
+    if not path.exists() or not all(read.exists() for read in step.inputs.values()):
         return False
-    return json.loads(path.read_bytes()).get("settings") == json.loads(json.dumps(step.settings))
+    return is_done(step, record_of(step), path) and not step.is_lacking()
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file's content."""
+    """Hash of a file's content. Several steps read the same gigabytes: they are hashed once as long as they stay."""
     if not path.exists():
         raise BadInput(f"{path} is missing, and the analysis reads it. Run `python -m analysis` for this pair first.")
+    stat = path.stat()
+    return _sha256_at(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _sha256_at(path: Path, *stamp: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -189,21 +194,31 @@ def _asked(config: AnalysisConfig, prompt: str, is_asked: bool) -> dict:
 
 
 def steps_of_study(settings: AnalysisSettings, folders: list[Path]) -> list[Step]:
-    """compare and report over the analysis `folders` of all pairs; they write into `outputs/report`."""
-    config = settings.analysis
+    """compare, agreement and report over the analysis `folders` of all pairs; their records lie in `outputs/report`."""
+    config, target = settings.analysis, Path(settings.outputs) / "report"
+    pooled = Path(settings.outputs) / "analysis" / AGREEMENT
     inputs = {"taxonomy": Path(config.taxonomy.path or DEFAULT)}
     for folder in folders:
         run = Path(settings.outputs) / "runs" / folder.name
-        training = {path.name: path for path in (run / "metrics.jsonl", run / "config.yaml") if path.exists()}
-        inputs |= {f"{folder.name}/{name}": path for name, path in (files(folder, *NEEDED) | training).items()}
+        made = [run / "metrics.jsonl", run / "config.yaml", *(folder / name for name in RECORDS)]
+        found = files(folder, *NEEDED) | {path.name: path for path in made if path.exists()}
+        inputs |= {f"{folder.name}/{name}": path for name, path in found.items()}
     inputs |= inputs_of_comparison(config.compare, folders)
-    chosen = {"taxonomy": asdict(config.taxonomy), "compare": asdict(config.compare)}
-    shown = chosen | {name: asdict(getattr(config, name)) for name in ("owner", "tags", "annotate", "report")}
-    shown["kept"] = asdict(settings.kept) | {"hookpoint": settings.hookpoint}
+    chosen = {name: asdict(getattr(config, name)) for name in ("taxonomy", "compare")}
+    of_page = {name: asdict(getattr(config, name)) for name in ("tags", "annotate", "report")}
+    shown = {"hookpoint": settings.hookpoint, **chosen, **of_page}
+    tables = outputs_of(config.compare, folders)
     read = inputs | optional_inputs(Path(settings.outputs), folders)
     return [
-        Step("compare", chosen, inputs, outputs_of(config.compare, folders), lambda: compare(settings, folders)),
-        Step("report", shown, read, (INDEX, "figures", "tables"), lambda: report(settings, folders)),
+        Step("compare", chosen, inputs, tables, lambda: compare(settings, folders, target)),
+        Step(
+            "agreement",
+            asdict(config.agreement),
+            read,
+            (f"../{pooled.relative_to(settings.outputs)}",),
+            lambda: write_agreement(settings, folders, pooled.parent),
+        ),
+        Step("report", shown, read | {AGREEMENT: pooled}, REPORTED, lambda: report(settings, folders)),
     ]
 
 

@@ -1,7 +1,8 @@
 """python -m analysis.sweep experiment=STUDY[/PAIR]: the runs of a sweep side by side, in one table and one figure.
 
 Unfinished and failed runs are rows that say so. Latents of one model are counted by `python -m analysis` where it was
-run, and besides from decoder norms alone. Writes report/tables/sweep.{csv,tex,txt} and report/figures/sweep.{pdf,png}.
+run, and besides from decoder norms alone. Writes sweep.{csv,tex,txt} in report/tables and sweep.{pdf,png,txt} in
+report/figures.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ with one_line_interrupts():
     from extract.publish import publish
 
 LAYER, K = "hookpoint", "crosscoder.k"
+CAPTION = (
+    "Finished runs of a sweep. Variance explained of held-out tokens (mean over the models) and latents that belong to "
+    "one tuned model alone, against L0, the mean number of active latents; lines join runs that differ in k, or in the "
+    "layer, alone. Latents are counted by the thresholds that each run was analysed with; hollow, where no run is: "
+    "candidates by the norms of the decoder."
+)
 COLOURS = [figures.BASE_COLOUR, *figures.TUNED_COLOURS]
 
 
@@ -38,6 +45,7 @@ def main(settings: AnalysisSettings) -> None:
     tables.write_table(table, folder / "tables")
     publish(folder / "tables" / "sweep.txt", (tables.text_of(table) + "\n").encode())
     figures.save(figure_of(rows), folder / "figures", "sweep")
+    publish(folder / "figures" / "sweep.txt", f"{CAPTION}\n".encode())
     print(tables.text_of(table))
     print(f"{sum(row.is_finished for row in rows)} of {len(rows)} runs are finished")
     print(f"table: {folder / 'tables' / 'sweep.csv'}\nfigure: {folder / 'figures' / 'sweep.pdf'}")
@@ -95,8 +103,8 @@ def _known(value: float) -> float | None:
 
 
 def figure_of(rows: list[Row]) -> Figure:
-    """Variance explained against L0 and, where it varies, against the layer; latents of one model against L0: those of
-    analysed runs, or where no run is, hollow, the candidates by decoder norms. A line joins the finished runs that
+    """Variance explained against L0 and, where it varies, against the layer; latents of tuned models against L0: those
+    of analysed runs, or where no run is, hollow, the candidates by decoder norms. A line joins the finished runs that
     differ in k alone, or in the layer alone.
     """
     finished = [row for row in rows if row.is_finished]
@@ -125,7 +133,7 @@ def _own_latents(axes: Axes, rows: list[Row]) -> None:
     else:
         _lines(axes, rows, K, lambda row: row.l0, lambda row: row.num_own_by_norms, hollow=True)
     counted = f"{num_analysed} of {len(rows)} analysed" if num_analysed else "candidates by norms, none analysed"
-    axes.set(title="Latents of one model", xlabel=f"L0   ({counted})")
+    axes.set(title="Latents of tuned models", xlabel=f"L0   ({counted})")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -17,13 +17,13 @@ import yaml
 from analysis.config import AnalysisSettings, OwnerConfig
 from analysis.latents.columns import read_columns
 from analysis.latents.owners import holders
-from analysis.report.pairs import last_value, read_metrics
+from analysis.report.training import last_value, read_metrics
 from extract.errors import BadInput
 from train.crosscoder import CONFIG_FILE, WEIGHTS_FILE, Crosscoder
 from train.histograms import delta_norm
 from train.runs import SECTIONS, deciding, leaves
 
-FINISHED = "finished"
+FINISHED, DAMAGED = "finished", "damaged crosscoder"
 
 
 @dataclass
@@ -55,12 +55,17 @@ class Row:
 
     @property
     def num_own(self) -> float:
-        """Latents of one model alone, of all models, as analysed; NaN where that was not done."""
-        return sum(self.own.values()) if self.own else math.nan
+        """Latents of one tuned model alone, as analysed: of all models but the first; NaN where that was not done."""
+        return _tuned(self.own)
 
     @property
     def num_own_by_norms(self) -> float:
-        return sum(self.own_by_norms.values()) if self.own_by_norms else math.nan
+        return _tuned(self.own_by_norms)
+
+
+def _tuned(own: dict[str, int]) -> float:
+    """What tuning added: a run whose base has many latents of its own is none the better for it."""
+    return sum(list(own.values())[1:]) if own else math.nan
 
 
 def rows_of(settings: AnalysisSettings) -> list[Row]:
@@ -97,7 +102,8 @@ def _row(outputs: Path, name: str, record: dict[str, Any], owner: OwnerConfig) -
     try:
         crosscoder = Crosscoder.load(folder / "crosscoder")
     except BadInput:
-        return Row(name, settings, state_of(settings, metrics, record))
+        is_damaged = (folder / "crosscoder" / WEIGHTS_FILE).exists()
+        return Row(name, settings, DAMAGED if is_damaged else state_of(settings, metrics, record))
     explained = {model: last_value(metrics, f"val/variance_explained/{model}") for model in crosscoder.models}
     return Row(
         name,
@@ -137,7 +143,7 @@ def analysed(folder: Path, crosscoder_folder: Path, models: list[str]) -> dict[s
 
 
 def by_norms(crosscoder: Crosscoder, owner: OwnerConfig) -> dict[str, int]:
-    """Latents whose decoder norms allow one model alone to own them (`scaling.holders`), dead ones counted: more than
+    """Latents whose decoder norms allow one model alone to own them (`owners.holders`), dead ones counted: more than
     an analysis finds, for which these are the candidates.
     """
     with torch.no_grad():

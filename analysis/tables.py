@@ -1,4 +1,7 @@
-"""Tables for papers: raw numbers as CSV, printed numbers as LaTeX (booktabs), and how numbers are printed."""
+"""Tables for papers: raw numbers as CSV, printed numbers as LaTeX (booktabs, graphicx), and how numbers are printed.
+
+LaTeX tables are never wider than the text and compile with every engine, pdfLaTeX included.
+"""
 
 import math
 import re
@@ -21,20 +24,32 @@ LATEX_SPECIALS = {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     "\u2212": "$-$",
     "\u221e": r"$\infty$",
+    "\u2264": r"$\leq$",
+    "\u2265": r"$\geq$",
     "\u0394": r"$\Delta$",
+    "\u03b1": r"$\alpha$",
+    "\u03ba": r"$\kappa$",
     "\u03bd": r"$\nu$",
-    "\u00b1": r"$\pm$",
-    "\u00d7": r"$\times$",
     "\u201c": "``",
     "\u201d": "''",
     "\u2013": "--",
+    "\u00ab": r"$\ll$",
+    "\u00bb": r"$\gg$",
     "\u00a0": "~",
 }
 
 # Runs of blanks and control characters, but for the blank that does not break.
 BLANKS = re.compile(r"(?:(?!\u00a0)[\s\x00-\x1f\x7f-\x9f])+")
+# Runs of what pdfLaTeX does not print with the fonts it begins with: all but ASCII, Latin-1, dashes, quotes and
+# the specials above.
+PRINTABLE = rf" -~\u00a1-\u00ff\u2010-\u2015\u2018\u2019\u2026{''.join(map(re.escape, LATEX_SPECIALS))}"
+UNKNOWN = re.compile(f"[^{PRINTABLE}]+|[\u00d0\u00de\u00f0\u00fe]+")
+UNKNOWN_SHOWN = "[?]"
+# What a label may not hold: commas part the labels that are referred to at once, and others are commands.
+LABEL = re.compile(r"[^\w-]+", re.ASCII)
 # Rows of a table that fit on a page.
 MAX_LATEX_ROWS = 40
 
@@ -46,7 +61,10 @@ Value = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Table:
-    """One table, `name`, in two forms: `columns` and `raw` for machines, `heading` and `printed` for people."""
+    """One table, `name`, in two forms: `columns` and `raw` for machines, `heading` and `printed` for people.
+
+    `caption` says what the columns are, `note`, which is printed below the table, what they allow to be said.
+    """
 
     name: str
     caption: str
@@ -54,12 +72,15 @@ class Table:
     raw: list[list[Value]]
     heading: list[str]
     printed: list[list[str]]
+    note: str = ""
 
 
 def write_table(table: Table, folder: Path) -> None:
-    """Publish `<name>.csv` and `<name>.tex` in `folder`."""
+    """Publish `<name>.csv` and `<name>.tex` in `folder`, and the note, where there is one, as `<name>.txt`."""
     publish(folder / f"{table.name}.csv", csv_of(table).encode())
-    publish(folder / f"{table.name}.tex", latex_of(table).encode("utf-8", errors="replace"))
+    publish(folder / f"{table.name}.tex", latex_of(table).encode())
+    if table.note:
+        publish(folder / f"{table.name}.txt", f"{table.note}\n".encode("utf-8", errors="backslashreplace"))
 
 
 def csv_of(table: Table) -> str:
@@ -68,33 +89,39 @@ def csv_of(table: Table) -> str:
 
 
 def latex_of(table: Table) -> str:
-    """A `table` environment for the package booktabs: first column left, the others right.
+    """A `table` environment for the packages booktabs and graphicx: first column left, the others right; scaled where
+    it would be wider than the text, and the note below it.
 
     A float does not break over pages, so of long tables it holds the first rows and says so; the CSV holds all.
     """
     shown = table.printed[:MAX_LATEX_ROWS]
-    lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in [table.heading, *shown]]
+    heading, *rows = map(_latex_row, [table.heading, *shown])
     caption = table.caption
     if len(shown) < len(table.printed):
         caption += f" The first {len(shown)} of {len(table.printed):,} rows; all are in {table.name}.csv."
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            r"\small",
-            rf"\caption{{{escape_latex(caption)}}}",
-            rf"\label{{tab:{table.name}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(table.heading) - 1)}}}",
-            r"\toprule",
-            lines[0],
-            r"\midrule",
-            *lines[1:],
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        r"\footnotesize",
+        r"\setlength{\tabcolsep}{3pt}",
+        rf"\caption{{{escape_latex(caption)}}}",
+        rf"\label{{tab:{LABEL.sub('-', table.name)}}}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        rf"\begin{{tabular}}{{l{'r' * (len(table.heading) - 1)}}}",
+        *(r"\toprule", heading, r"\midrule", *rows, r"\bottomrule"),
+        r"\end{tabular}}",
+        *([rf"\par\smallskip\parbox{{\linewidth}}{{{escape_latex(table.note)}}}"] if table.note else []),
+        r"\end{table}",
+    ]
+    if any(UNKNOWN_SHOWN in line for line in lines):
+        lines.insert(0, f"% {UNKNOWN_SHOWN}: characters that pdfLaTeX cannot print. {table.name}.csv holds them.")
+    return "\n".join([*lines, ""])
+
+
+def _latex_row(cells: list[str]) -> str:
+    """One row; a bracket or star at its start would be an option of the end of the row before."""
+    row = " & ".join(map(escape_latex, cells)) + r" \\"
+    return "{}" + row if row.startswith(("[", "*")) else row
 
 
 def text_of(table: Table) -> str:
@@ -111,8 +138,11 @@ def text_of(table: Table) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX prints as it is; line breaks, tabs and control characters become spaces."""
-    return "".join(LATEX_SPECIALS.get(character, character) for character in BLANKS.sub(" ", text))
+    """Text that LaTeX prints as it is; line breaks, tabs and control characters become spaces, and what pdfLaTeX does
+    not know, such as emoji and Chinese, UNKNOWN_SHOWN.
+    """
+    known = UNKNOWN.sub(UNKNOWN_SHOWN, BLANKS.sub(" ", text))
+    return "".join(LATEX_SPECIALS.get(character, character) for character in known)
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from analysis.config import AnalysisSettings, TagsConfig
 from analysis.examples.maxima import read_maxima
+from analysis.latents.columns import owners_in_order
 from extract.publish import publish
 from extract.stores import TokenDocument, TokenStore
 from train.runs import selected_pair
@@ -70,26 +71,27 @@ def write_tags(settings: AnalysisSettings, folder: Path) -> Path:
     """Writes `tags.csv` from `latents.parquet`, `document_maxima.parquet` and the tags of the documents.
 
     One row for every value of the tag `analysis.tags.name` and every model as owner, so that a behaviour that is
-    attributed to the wrong model shows. Only the heading if no document carries the tag.
+    attributed to the wrong model shows; with more than two models also every set of them that owns a latent. Only the
+    heading if no document carries the tag.
     """
     config = settings.analysis.tags
     documents = read_documents(TokenStore(settings.tokens_folder), config.name)
     latents = pq.read_table(folder / "latents.parquet", columns=["latent", "owner"])
     values = sorted(set(documents.value_n.tolist()) - {""})
-    rows = []
-    for model in settings.pairs[selected_pair(settings)] if values else []:
-        scores = read_scores(folder / "document_maxima.parquet", owned_by(latents, model), len(documents.value_n))
+    models, rows = settings.pairs[selected_pair(settings)], []
+    for owner in owners_in_order({*models, *latents["owner"].to_pylist()}, models) if values else []:
+        scores = read_scores(folder / "document_maxima.parquet", owned_by(latents, owner), len(documents.value_n))
         best = best_scores(scores, values, documents)
-        rows += [evidence(config, value, model, best[value], documents) for value in values]
+        rows += [evidence(config, value, owner, best[value], documents) for value in values]
     path = folder / "tags.csv"
     publish(path, _csv(sorted(rows, key=lambda row: row.value)).encode())
     return path
 
 
-def owned_by(latents: pa.Table, model: str) -> list[int]:
-    """The numbers of the latents that `model` owns."""
+def owned_by(latents: pa.Table, owner: str) -> list[int]:
+    """The numbers of the latents of an owner, one model or a set of them."""
     owners, numbers = latents["owner"].to_pylist(), latents["latent"].to_pylist()
-    return [latent for latent, owner in zip(numbers, owners, strict=True) if owner == model]
+    return [latent for latent, own in zip(numbers, owners, strict=True) if own == owner]
 
 
 def read_documents(tokens: TokenStore, tag: str) -> TaggedDocuments:
@@ -144,15 +146,7 @@ def evidence(
     positive_n, chooses_n = documents.value_n == value, documents.chooses_n
     latent, threshold = choose({j: score_n[chooses_n] for j, score_n in scores.items()}, positive_n[chooses_n])
     positive_m, prompt_m = positive_n[~chooses_n], documents.prompt_n[~chooses_n]
-    blank = TagRow(
-        config.name,
-        value,
-        owner,
-        num_positive=int(positive_m.sum()),
-        num_negative=int((~positive_m).sum()),
-        num_positive_prompts=len(np.unique(prompt_m[positive_m])),
-        num_negative_prompts=len(np.unique(prompt_m[~positive_m])),
-    )
+    blank = _blank((config.name, value, owner), positive_m, prompt_m)
     if latent is None or not blank.num_positive or not blank.num_negative:
         return blank
     # In float64: the middle of two neighbouring float32 scores would round to one of them.
@@ -178,6 +172,17 @@ def evidence(
         auroc_low=auroc_low,
         auroc_high=auroc_high,
         found=f1 >= config.min_f1,
+    )
+
+
+def _blank(named: tuple[str, str, str], positive_m: np.ndarray, prompt_m: np.ndarray) -> TagRow:
+    """The row of (tag, value, owner) without a latent: what there would be to measure on."""
+    return TagRow(
+        *named,
+        num_positive=int(positive_m.sum()),
+        num_negative=int((~positive_m).sum()),
+        num_positive_prompts=len(np.unique(prompt_m[positive_m])),
+        num_negative_prompts=len(np.unique(prompt_m[~positive_m])),
     )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from analysis.compare.step import outputs_of
 from analysis.config import AnalysisSettings
-from analysis.report.step import NEEDED
+from analysis.report.step import INDEX, NEEDED, WRITTEN
+from analysis.written_files import written
 from extract.mirror import Mirror
 from train.metric_table import units
 
@@ -26,7 +27,7 @@ def track(settings: AnalysisSettings, folders: list[Path], report_folder: Path) 
     A redacted report has a run and an artifact of its own for each level: what others hold stays in W&B.
     """
     level = settings.analysis.report.redact
-    owners, page = report_folder / "tables" / "owners.csv", report_folder / "index.html"
+    owners, page = report_folder / "tables" / "owners.csv", report_folder / INDEX
     facts = facts_of(settings) | {"units": units("analysis")}
     ending, folder = (
         ("", report_folder) if level == "none" else (f"-redacted-{level}", report_folder / f"wandb_{level}")
@@ -56,7 +57,7 @@ def files_of(settings: AnalysisSettings, folders: list[Path], report_folder: Pat
     """The files of the artifact by their names in it."""
     shared = [name for name in FILES if _is_shared(settings, name)]
     found = {f"{folder.name}/{name}": folder / name for folder in folders for name in shared}
-    shown = [report_folder / "index.html", *report_folder.glob("tables/*"), *report_folder.glob("figures/*")]
+    shown = [report_folder / INDEX, *written(report_folder / WRITTEN)]
     found |= {f"report/{path.relative_to(report_folder)}": path for path in shown}
     return {name: path for name, path in found.items() if path.is_file()}
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from extract import adapters
 from extract.config import ModelConfig
@@ -44,6 +46,14 @@ def identity(name: str, config: ModelConfig, weights: dict) -> dict:
     if config.adapter is not None and Path(config.adapter).is_dir():
         del own["adapter"]
     return {"name": name, **own, "weights": weights}
+
+
+def differ(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether two findings of `weights_of` are of different weights; False where they cannot be compared: one is empty,
+    or of a hub model and the other of a folder.
+    """
+    common = [key for key in ("commit", "files") if some.get(key) and others.get(key)]
+    return bool(common) and any(some.get(key) != others.get(key) for key in (*common, "adapter"))
 
 
 def _model_files(folder: Path) -> list[Path]:

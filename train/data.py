@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -49,6 +49,10 @@ class TrainingData(Protocol):
 
     @property
     def content_sha256(self) -> list[str]: ...
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """What `extract.weights.weights_of` found of each model, by name; {} where it is not known."""
 
     def train_rows(self, shard: int) -> np.ndarray:
         """Rows of the kept training tokens of a shard, ascending, int64."""
@@ -96,8 +100,7 @@ class ActivationPairs:
 
     def __post_init__(self) -> None:
         self._shards = self.tokens.shard_documents()
-        kept_tokens = np.add.reduceat(self.kept.mask, self.tokens.row_starts[:-1], dtype=np.int64)
-        self.train_tokens = np.where(self.is_heldout, 0, kept_tokens)
+        self.train_tokens = np.where(self.is_heldout, 0, self.kept.of_documents(self.tokens.row_starts))
 
     @classmethod
     def open(cls, settings: TrainSettings) -> ActivationPairs:
@@ -144,6 +147,11 @@ class ActivationPairs:
     def content_sha256(self) -> list[str]:
         """Hashes of what is read, which a checkpoint records: of the tokens, then of each model's activations."""
         return [store.manifest.content_sha256() for store in (self.tokens, *self.stores)]
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        found = [store.manifest.settings.get("model", {}).get("weights", {}) for store in self.stores]
+        return dict(zip(self.models, found, strict=True))
 
     def document(self, document: int) -> tuple[Tensor, Tensor]:
         """Raw activations (N, M, D) float32 of one document and which of its tokens are kept, (N,) bool."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,11 @@ class KeptTokens:
 
     mask: np.ndarray
     statistics: list[ActivationStatistics]
+
+    def of_documents(self, row_starts: np.ndarray) -> np.ndarray:
+        """How many each document has (num_documents,), int64. No array is as long as the mask, as `reduceat` makes."""
+        bounds = pairwise(row_starts.tolist())
+        return np.array([np.count_nonzero(self.mask[start:end]) for start, end in bounds], dtype=np.int64)
 
 
 def keep(stores: list[ActivationStore], config: KeptConfig, cache: Path) -> KeptTokens:

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,6 +119,11 @@ class OnlineActivations:
         """The hash of the tokens, then for each model one of all that decides its activations."""
         decided = [json.dumps(settings, sort_keys=True).encode() for settings in self._decided_by]
         return [self.tokens.manifest.content_sha256(), *(hashlib.sha256(text).hexdigest() for text in decided)]
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        found = [settings["model"]["weights"] for settings in self._decided_by]
+        return dict(zip(self.models, found, strict=True))
 
     def train_rows(self, shard: int) -> np.ndarray:
         """Rows of the training tokens of a shard, ascending, int64: those at later positions of documents that are not

@@ -93,7 +93,7 @@ def _train(settings: TrainSettings, folder: Path, world: World) -> Path:
             finished = fit(run)
             if finished:
                 with world.doing("writing the crosscoder"):
-                    run.engine.save_crosscoder(crosscoder_folder, checkpoints.identity)
+                    run.engine.save_crosscoder(crosscoder_folder, {**checkpoints.identity, "weights": data.weights})
             run.tracker.ended(crosscoder_folder if finished else None)
         world.from_main(None)  # however long rank 0 writes and uploads
         if not finished:

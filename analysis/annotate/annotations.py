@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from analysis.damage import readable
 from analysis.examples.wording import Evidence
 from analysis.json_lines import json_text, lines_of
 from extract.publish import publish
@@ -12,7 +13,7 @@ from extract.publish import publish
 ANNOTATIONS = "annotations.jsonl"
 ANNOTATOR = "offline (n-grams)"
 MAX_LABEL_WORDS = 5
-DESCRIBED = "described"
+DESCRIBED, NO_DOCUMENTS = "described", "no documents"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Annotation:
     # 0 is the primary vote: the first annotator's first answer. Then its repeats, then the second annotator's.
     vote: int = 0
     repeat: int = 0
-    # described | refused | truncated | invalid | failed.
+    # described | refused | truncated | invalid | failed (asked again by the next run) | no documents (none is stored).
     outcome: str = DESCRIBED
     pattern: str = ""
     # Tokens that a language model used, and the id of the question in requests.sqlite.
@@ -48,8 +49,12 @@ def write_annotations(folder: Path, records: Iterable[Annotation]) -> None:
 
 def read_annotations(folder: Path, votes: bool = False) -> list[Annotation]:
     """The primary vote on every latent of `annotations.jsonl`, described or not; all votes if `votes`."""
-    text = (folder / ANNOTATIONS).read_bytes().decode("utf-8")
-    records = [_annotation(json.loads(line)) for line in lines_of(text)]
+    path, records = folder / ANNOTATIONS, []
+    with readable(path):
+        lines = lines_of(path.read_bytes().decode("utf-8"))
+    for number, line in enumerate(lines, 1):
+        with readable(path, number):
+            records.append(_annotation(json.loads(line)))
     return [record for record in records if votes or record.vote == 0]
 
 

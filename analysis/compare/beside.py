@@ -25,6 +25,7 @@ class Beside:
     """One leaderboard category in two models, and the category or class of the taxonomy that it is set beside.
 
     The interval of the difference of Elo combines those of both models as Newcombe's does for shares; NaN without.
+    `elo_differs`: whether it excludes 0.
     """
 
     leaderboard_category: str
@@ -34,6 +35,7 @@ class Beside:
     elo_difference: float
     elo_difference_low: float
     elo_difference_high: float
+    elo_differs: bool
     name: str
     level: str
     count_a: int
@@ -54,7 +56,7 @@ def beside(board: Leaderboard, comparisons: list[Comparison]) -> list[tuple[Tabl
     found = {pair: rows_of(board, *pair, levels) for pair, levels in pairs.items()}
     if pairs and not any(found.values()):
         raise BadInput(_nothing(board, list(pairs)))
-    said = {pair: _claim(rows, *pair, comparisons[0].confidence) for pair, rows in found.items() if rows}
+    said = {pair: _claim(rows, *pair, comparisons[0].config.confidence) for pair, rows in found.items() if rows}
     return [(_table(found[pair], *pair, claim), claim) for pair, claim in said.items()]
 
 
@@ -89,10 +91,11 @@ def _nothing(board: Leaderboard, pairs: list[tuple[str, str]]) -> str:
 def _row(category: str, style: bool, a: Elo, b: Elo, level: str, change: Change) -> Beside:
     below, above = math.hypot(b.value - b.low, a.high - a.value), math.hypot(b.high - b.value, a.value - a.low)
     elo = b.value - a.value
+    low, high = elo - below, elo + above
     both = elo * change.difference
     direction = AGREE if both > 0 else DIFFER if both < 0 else LEVEL
     return Beside(
-        *(category, style, a.value, b.value, elo, elo - below, elo + above),
+        *(category, style, a.value, b.value, elo, low, high, low > 0 or high < 0),
         *(change.name, level, change.count_a, change.total_a, change.count_b, change.total_b),
         *(change.difference, change.change, change.q, direction),
     )
@@ -106,7 +109,7 @@ def _table(rows: list[Beside], a: str, b: str, said: str) -> Table:
             f"{row.elo_a:.0f}",
             f"{row.elo_b:.0f}",
             signed(row.elo_difference, 0),
-            "–" if math.isnan(row.elo_difference_low) else interval(row.elo_difference_low, row.elo_difference_high, 0),
+            *_printed_interval(row),
             row.name,
             f"{row.count_a}/{row.total_a}",
             f"{row.count_b}/{row.total_b}",
@@ -116,15 +119,24 @@ def _table(rows: list[Beside], a: str, b: str, said: str) -> Table:
         ]
         for row in rows
     ]
-    elo = [f"Elo {a}", f"Elo {b}", "difference", "interval"]
+    elo = [f"Elo {a}", f"Elo {b}", "difference", "interval", "differs"]
     return Table(
         name=name_of(LEADERBOARD, a, b),
-        caption=f"Elo of {a} and {b} beside their latents: counts, difference of shares in points, q. {said}",
+        caption=f"Elo of {a} and {b} in categories of a leaderboard, the difference with its interval, and whether "
+        f"that excludes 0; beside it a category or class of the taxonomy, the latents of {a} and {b} in it, the "
+        "difference of their shares in points with q, and whether both differences have the same sign.",
         columns=[field.name for field in fields(Beside)],
         raw=[list(astuple(row)) for row in rows],
         heading=["leaderboard", "style control", *elo, "taxonomy", a, b, "points", "q", "directions"],
         printed=printed,
+        note=said,
     )
+
+
+def _printed_interval(row: Beside) -> tuple[str, str]:
+    if math.isnan(row.elo_difference_low):
+        return "–", "–"
+    return interval(row.elo_difference_low, row.elo_difference_high, 0), "yes" if row.elo_differs else "no"
 
 
 def _claim(rows: list[Beside], a: str, b: str, confidence: float) -> str:
@@ -151,7 +163,10 @@ def _agreement(rows: list[Beside], style: bool, confidence: float) -> str:
         return f"{which} no category changes in both."
     low, high = wilson(agree, len(decided), confidence)
     share = f"{percent(low, 0)} to {percent(high, 0)}, {stated('p', float(binomtest(agree, len(decided)).pvalue))}"
-    return f"{which} {agree} of {len(decided)} categories change in the direction of Elo ({share}){_ranks(rows)}."
+    said = f"{which} {agree} of {len(decided)} categories change in the direction of Elo ({share})"
+    differ = [row.direction == AGREE for row in decided if row.elo_differs]
+    certain = f"{sum(differ)} of {len(differ)}" if differ else "none"
+    return f"{said}; of those where the interval of Elo's difference excludes 0, {certain}{_ranks(rows)}."
 
 
 def _ranks(rows: list[Beside]) -> str:

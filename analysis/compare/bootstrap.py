@@ -5,7 +5,7 @@ Shapes: n latents of one model, K their clusters, V votes, C names (categories o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +43,12 @@ class Units:
     def are_single(self) -> bool:
         """Whether every latent is its own cluster and has one vote: then how many have each name says everything."""
         return self.num_votes <= 1 and self.num_clusters == len(self.cluster_n)
+
+    def read_by(self, vote: int) -> Units:
+        """The latents by that vote alone; those with fewer votes keep their first."""
+        column_n = np.where(vote < self.num_votes_n, vote, 0)
+        votes_n1 = np.take_along_axis(self.votes_nV, column_n[:, None], axis=1)
+        return replace(self, votes_nV=votes_n1, num_votes_n=np.ones_like(self.num_votes_n))
 
     def clusters_of(self, name: int) -> set[tuple[int, int]]:
         """The different (latents with that name, placed latents) of clusters, by the primary votes."""

@@ -22,8 +22,10 @@ class Change:
     Intervals: `share` Wilson, `difference` Newcombe, `change` Katz. `p` is Fisher's, `q` after Benjamini-Hochberg;
     `*_clusters`: the same by permuting clusters of near-duplicates, equal where there are none.
     `without_one`: range of the change with one latent (or cluster of near-duplicates) left out. `bootstrap_*`: over
-    clusters and votes. `chance`: probability that some category changes as much by chance alone. `detectable_*`: the
-    smallest changes that one uncorrected test would find, and `power_of_doubling`: how surely it would find a doubling.
+    clusters and votes. `chance`: probability that some category changes as much by chance alone; NaN where one model
+    has none, since any rare category can vanish. `detectable_*`: the smallest true changes of which q would be small
+    enough at the power asked for, and `power_of_doubling`: how surely that of a doubling would be, both by the level of
+    the tests divided by their number, below which q always is; `one_test_*`: the same of one uncorrected test.
     `undone_*`: how often label errors leave the larger count, or share, no longer ahead. `claim`: what may be said.
     """
 
@@ -58,6 +60,9 @@ class Change:
     detectable_rise: float
     detectable_fall: float
     power_of_doubling: float
+    one_test_rise: float
+    one_test_fall: float
+    one_test_doubling: float
     undone_counts: float
     undone_shares: float
     may_be_claimed: bool
@@ -73,6 +78,22 @@ class PValues(NamedTuple):
     q_clusters: float
 
 
+class Findable(NamedTuple):
+    """What can be found of a category with that share in model a: after the correction, and by one uncorrected test."""
+
+    share: float
+    corrected: power.Detectable
+    one_test: power.Detectable
+
+
+def findable(share: float, totals: tuple[int, int], config: CompareConfig, num_tests: int) -> Findable:
+    """`num_tests` share the level: q is below it wherever p is below a `num_tests`-th of it (a true change alone among
+    others that are none needs about that).
+    """
+    levels = (config.alpha / num_tests, config.alpha)
+    return Findable(share, *(power.detectable(share, *totals, config.power, level) for level in levels))
+
+
 @dataclass(frozen=True)
 class Basis:
     """What the counts of the two models rest on; None and 0 where counts alone are known."""
@@ -83,25 +104,36 @@ class Basis:
     clusters: tuple[int, int] | None = None
     # The most votes that a latent has.
     num_votes: int = 0
+    # Of the selected latents, those that are certain by the intervals of nu, and those that have none.
+    certain: tuple[int, int] | None = None
+    without_interval: tuple[int, int] = (0, 0)
     # Latents put into their category by people.
     by_people: tuple[int, int] = (0, 0)
     # Who described and placed the latents of either model.
     annotators: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+    # What the latents of the two models were selected and named with unlike each other.
+    differing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Model b against model a over all categories (or classes). `claim` says what the numbers allow."""
+    """Model b against model a over all categories (or classes). `claim` says what the numbers allow.
+
+    `global_p`: that both distribute their latents alike, by the primary votes; `global_p_votes`: the largest by any of
+    the votes; `global_p_corrected`: that by Holm over the comparisons, None where nothing is claimed of it.
+    """
 
     level: str
     model_a: str
     model_b: str
     changes: list[Change]
     global_p: float
+    global_p_votes: float
+    global_p_corrected: float | None
+    # p that all compared models are alike; None where there are only two.
+    global_p_of_all: float | None
     claim: str
-    confidence: float
-    # The level of the tests.
-    alpha: float
+    config: CompareConfig
     # Who described the latents and put them into categories; empty for counts of a file.
     annotator: str
     # What the numbers cannot say, whatever they are.
@@ -109,11 +141,21 @@ class Comparison:
     # Names that were looked at, and comparisons in which they were: q is corrected for the product.
     num_names: int
     num_comparisons: int
-    # p that all compared models are alike; None where there are only two.
-    global_p_of_all: float | None
-    # The probability behind "would be found".
-    power: float
+    # What could be found of a category of average size.
+    average: Findable
     basis: Basis
+    # The same of the certain latents alone; None where nothing is known of single latents.
+    certain: Comparison | None = None
+
+    @property
+    def num_tests(self) -> int:
+        """The tests that q is corrected for."""
+        return self.num_names * self.num_comparisons
+
+    @property
+    def differs_as_a_whole(self) -> bool:
+        """Whether it may be claimed that the models differ, be it in whatever category."""
+        return self.global_p_corrected is not None and self.global_p_corrected < self.config.alpha
 
     @property
     def totals(self) -> tuple[int, int]:
@@ -127,6 +169,10 @@ class Comparison:
         named_a, named_b = (sum(getattr(change, f"count_{side}") for change in self.changes) for side in "ab")
         return total_a - named_a, total_b - named_b
 
+    def among_certain(self, change: Change) -> Change | None:
+        """One of the changes as it is among the certain latents alone."""
+        return next((one for one in self.certain.changes if one.name == change.name), None) if self.certain else None
+
 
 def change_of(
     name: str,
@@ -138,11 +184,13 @@ def change_of(
     resampled: Resampled,
     clusters: tuple[set[sensitivity.Cluster], set[sensitivity.Cluster]],
     num_names: int,
+    num_tests: int,
 ) -> Change:
     """Everything that is computed of one category. What may be claimed is left open."""
     count_a, total_a, count_b, total_b = table
     difference, ratio = statistics.newcombe(*table, config.confidence), statistics.katz(*table, config.confidence)
     share_a, share_b = (count / total if total else NAN for count, total in ((count_a, total_a), (count_b, total_b)))
+    found = findable(share_a if count_a else 0.0, (total_a, total_b), config, num_tests)
     return Change(
         name,
         *(count_a, total_a, share_a, *statistics.wilson(count_a, total_a, config.confidence)),
@@ -153,19 +201,10 @@ def change_of(
         *sensitivity.leave_one_out(*table, *clusters),
         *resampled.difference,
         *resampled.change,
-        chance,
-        *_detectable(count_a, total_a, total_b, config),
+        chance if count_a and count_b else NAN,
+        *found.corrected,
+        *found.one_test,
         *sensitivity.undone_by_label_errors(*table, config.label_error, num_names),
         may_be_claimed=False,
         claim="",
     )
-
-
-def _detectable(count_a: int, total_a: int, total_b: int, config: CompareConfig) -> tuple[float, float, float]:
-    """The smallest rise and fall from the share of a that would be found, and the power for a doubling."""
-    if not count_a or not total_b:
-        return float("inf"), NAN, NAN
-    share, sizes = count_a / total_a, (total_a, total_b)
-    doubling = power.power(share, 2 * share, *sizes, config.alpha) if share <= 0.5 else NAN
-    rise = power.detectable_rise(share, *sizes, config.power, config.alpha)
-    return rise, power.detectable_fall(share, *sizes, config.power, config.alpha), doubling

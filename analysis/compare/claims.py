@@ -2,15 +2,20 @@
 
 A difference of a category may be claimed if q < 1 - confidence, with near-duplicates counted as the independent latents
 that they are not and with clusters of them permuted whole, the bootstrap interval over clusters and votes excludes no
-difference, and the same annotators, models and people alike, put the latents of both into their categories.
+difference, and the latents of both were selected alike and put into their categories by the same annotators, models and
+people alike. Whether it may be claimed of the certain latents alone too, those whose intervals of nu cross no
+threshold, is said beside it. That the models differ as a whole may be claimed by one permutation test over all
+categories, or over classes where nothing is known of categories: by the vote with the largest p, after Holm's
+correction for the comparisons, of models whose latents were selected and named alike.
 """
 
 from __future__ import annotations
 
 import math
 
-from analysis.compare import power
 from analysis.compare.changes import Basis, Change, Comparison
+from analysis.compare.needed import needed, needed_on_average
+from analysis.compare.selected import spoken
 from analysis.tables import interval, percent, probability, signed, stated
 
 PLURAL = {"category": "categories", "class": "classes"}
@@ -24,10 +29,21 @@ def same_annotators(basis: Basis) -> bool:
     return first == second
 
 
+def are_alike(basis: Basis) -> bool:
+    """Whether the latents of both models were selected, described and put into categories in the same way."""
+    return same_annotators(basis) and not basis.differing
+
+
 def may_be_claimed(change: Change, basis: Basis, alpha: float) -> bool:
     """Whether that one model has more of this category may be said."""
     excludes_none = change.bootstrap_difference_low > 0 or change.bootstrap_difference_high < 0
-    return change.q < alpha and change.q_clusters < alpha and excludes_none and same_annotators(basis)
+    return change.q < alpha and change.q_clusters < alpha and excludes_none and are_alike(basis)
+
+
+def holds_of_certain(change: Change, comparison: Comparison) -> bool:
+    """Whether what may be claimed of all latents may be claimed of the certain ones alone."""
+    alone = comparison.among_certain(change)
+    return alone is not None and alone.may_be_claimed and alone.difference * change.difference > 0
 
 
 def sentence_of(change: Change, comparison: Comparison) -> str:
@@ -43,12 +59,12 @@ def sentence_of(change: Change, comparison: Comparison) -> str:
         points = interval(change.difference_low, change.difference_high, 1, 100)
         return (
             f"May be claimed: the share of {b} is {more} ({numbers}). Not how much, but for {points} points, nor that "
-            f"{b} is {'better' if change.difference > 0 else 'worse'} at it."
+            f"{b} is {'better' if change.difference > 0 else 'worse'} at it.{_of_certain(change, comparison)}"
         )
     reason = ""
-    if change.q < comparison.alpha:
+    if change.q < comparison.config.alpha:
         reason = f" In spite of its q: {_why_not(comparison.basis)}"
-    return f"May not be claimed: that {b} has more or less of it ({numbers}).{reason}{_needed(change, comparison)}"
+    return f"May not be claimed: that {b} has more or less of it ({numbers}).{reason}{needed(change, comparison)}"
 
 
 def _numbers(change: Change) -> str:
@@ -60,27 +76,23 @@ def _numbers(change: Change) -> str:
     )
 
 
+def _of_certain(change: Change, comparison: Comparison) -> str:
+    """Whether a claim rests on latents that might have been selected otherwise."""
+    alone = comparison.among_certain(change)
+    if alone is None:
+        return ""
+    numbers = f"{alone.count_b} of {alone.total_b} against {alone.count_a} of {alone.total_a}, {stated('q', alone.q)}"
+    if holds_of_certain(change, comparison):
+        return f" It may be claimed of the certain latents alone too ({numbers})."
+    return f" It depends on uncertain latents: of the certain ones alone ({numbers}) it may not be claimed."
+
+
 def _why_not(basis: Basis) -> str:
     if not same_annotators(basis):
         return "different annotators named the latents of the two models."
+    if basis.differing:
+        return "the latents of the two models were not selected and named alike."
     return "with near-duplicates kept together, or other votes, the latents are compatible with no difference."
-
-
-def _needed(change: Change, comparison: Comparison) -> str:
-    """How large a change in that direction would have had to be."""
-    found = f"with {percent(comparison.power, 0)} probability"
-    if not change.count_a:
-        return ""
-    if change.difference < 0:
-        if math.isnan(change.detectable_fall):
-            return f" Not even its absence from the latents of {comparison.model_b} would have been found {found}."
-        return f" Found {found} would be a fall of {percent(-change.detectable_fall, 0)} or more."
-    if math.isinf(change.detectable_rise):
-        return f" No rise of its share would have been found {found}."
-    doubling = percent(change.power_of_doubling, 0)
-    return (
-        f" Found {found} would be a rise of {percent(change.detectable_rise, 0)} or more; a doubling, with {doubling}."
-    )
 
 
 def claim_of(comparison: Comparison) -> str:
@@ -92,10 +104,17 @@ def claim_of(comparison: Comparison) -> str:
             f"Nothing can be compared: {a} has {_latents(total_a, basis, 0)} and {b} has {_latents(total_b, basis, 1)}."
         )
     if not same_annotators(basis):
-        first, second = (" and ".join(sorted(annotators)) for annotators in basis.annotators)
+        first, second = (" and ".join(spoken(annotators)) for annotators in basis.annotators)
+        second = second.replace("people", "other people") if first == second else second
         return (
             f"Nothing may be claimed: the latents of {a} were named by {first}, those of {b} by {second}, and shares "
             "differ between annotators as well as between models. Annotate both models alike."
+        )
+    if basis.differing:
+        return (
+            f"Nothing may be claimed: the latents of {a} and {b} were not selected and named alike "
+            f"({'; '.join(basis.differing)}), and shares differ with that as well as between models. Run `python -m "
+            "analysis` with the same settings for both."
         )
     if any(change.may_be_claimed for change in comparison.changes):
         return _positive(comparison)
@@ -104,7 +123,7 @@ def claim_of(comparison: Comparison) -> str:
         f"No {comparison.level} differs significantly between {_sizes(comparison)} "
         f"(smallest {stated('q', smallest)}, {_corrected(comparison)}). {_overall(comparison)} The counts may be "
         f"reported; that {b} has more or less of any {comparison.level} may not be claimed."
-        f"{_fragile(comparison)}{_by_chance(comparison)}{_power(comparison)}"
+        f"{_fragile(comparison)}{_by_chance(comparison)}{needed_on_average(comparison)}"
     )
 
 
@@ -118,7 +137,8 @@ def _positive(comparison: Comparison) -> str:
     b = comparison.model_b
     named = "; ".join(
         f"{change.name} {'more' if change.difference > 0 else 'less'} frequent in {b} ({change.count_a} of "
-        f"{change.total_a} against {change.count_b} of {change.total_b}, {stated('q', change.q)})"
+        f"{change.total_a} against {change.count_b} of {change.total_b}, {stated('q', change.q)}"
+        f"{_among_certain(change, comparison)})"
         for change in comparison.changes
         if change.may_be_claimed
     )
@@ -126,6 +146,12 @@ def _positive(comparison: Comparison) -> str:
         f"May be claimed ({_corrected(comparison)}): {named}. May not be claimed: any other difference between "
         f"{_sizes(comparison)}.{_fragile(comparison)} {_overall(comparison)}"
     )
+
+
+def _among_certain(change: Change, comparison: Comparison) -> str:
+    if not comparison.certain:
+        return ""
+    return ", of certain latents too" if holds_of_certain(change, comparison) else ", depending on uncertain latents"
 
 
 def _sizes(comparison: Comparison) -> str:
@@ -142,18 +168,49 @@ def _corrected(comparison: Comparison) -> str:
 
 
 def _overall(comparison: Comparison) -> str:
+    """The global test: of the categories where there are any, and of all of them or not at all."""
+    names, p = PLURAL[comparison.level], stated("p", comparison.global_p)
+    unknown = comparison.num_names - len(comparison.changes)
+    if unknown:
+        return (
+            f"Over these {len(comparison.changes)} {names} and all other latents as one: {p}, from which nothing may "
+            f"be claimed, {unknown} {names} being unknown."
+        )
     rest_a, rest_b = comparison.unclassified
-    of_all = ""
+    said = f"Over all {names} at once, the {rest_a} and {rest_b} latents in none of them included: {p}"
     if comparison.global_p_of_all is not None:
-        of_all = f" ({stated('p', comparison.global_p_of_all)} that all compared models are alike)"
-    overall = f"Over all {PLURAL[comparison.level]} at once, the {rest_a} and {rest_b} latents in none of them included"
-    may = "may" if comparison.global_p < comparison.alpha else "may not"
-    return f"{overall}: {stated('p', comparison.global_p)}{of_all}, so that a difference as a whole {may} be claimed."
+        said += f" ({stated('p', comparison.global_p_of_all)} that all compared models are alike)"
+    if comparison.global_p_corrected is None:
+        return f"{said}; whether the models differ as a whole is tested once, on the categories."
+    said += _corrected_whole(comparison, comparison.global_p_corrected)
+    if not comparison.differs_as_a_whole:
+        return f"{said}, so that a difference as a whole may not be claimed."
+    return f"{said}, so that a difference as a whole may be claimed{_whole_of_certain(comparison)}."
+
+
+def _corrected_whole(comparison: Comparison, corrected: float) -> str:
+    """What the claim rests on where it is not p itself."""
+    votes = ""
+    if comparison.global_p_votes > comparison.global_p:
+        votes = f", {stated('p', comparison.global_p_votes)} by other votes"
+    if comparison.num_comparisons == 1:
+        return votes
+    number = comparison.num_comparisons
+    return f"{votes}, {stated('p', corrected)} after Holm's correction for {number} comparisons"
+
+
+def _whole_of_certain(comparison: Comparison) -> str:
+    if not comparison.certain:
+        return ""
+    p = stated("p", comparison.certain.global_p)
+    if comparison.certain.differs_as_a_whole:
+        return f", of the certain latents alone too ({p})"
+    return f", but depends on uncertain latents (of the certain ones alone {p})"
 
 
 def _fragile(comparison: Comparison) -> str:
     """Categories whose q alone would allow a claim."""
-    alpha = comparison.alpha
+    alpha = comparison.config.alpha
     names = [change.name for change in comparison.changes if change.q < alpha and not change.may_be_claimed]
     if not names:
         return ""
@@ -175,22 +232,6 @@ def _by_chance(comparison: Comparison) -> str:
     )
 
 
-def _power(comparison: Comparison) -> str:
-    """How large a change would have had to be to be found, for a category of average size."""
-    total_a, total_b = comparison.totals
-    counts = [change.count_a for change in comparison.changes if change.count_a + change.count_b]
-    typical = round(sum(counts) / len(counts) / total_a, 4) if counts else 0.0
-    alpha, found = comparison.alpha, f"with {percent(comparison.power, 0)} probability"
-    rise = power.detectable_rise(typical, total_a, total_b, comparison.power, alpha)
-    if math.isinf(rise):
-        return f" At these sizes no true rise of an average share would be found {found}."
-    doubled = power.power(typical, min(1.0, 2 * typical), total_a, total_b, alpha)
-    return (
-        f" At these sizes an average share ({percent(typical)}) would have to grow by a factor of {1 + rise:.1f} to be "
-        f"found {found} in a single uncorrected test; a doubling would be found with {percent(doubled, 0)}."
-    )
-
-
 def caveat_of(basis: Basis, totals: tuple[int, int], models: tuple[str, str]) -> str:
     """What the numbers rest on, and what they leave out."""
     if basis.clusters is None:
@@ -200,6 +241,8 @@ def caveat_of(basis: Basis, totals: tuple[int, int], models: tuple[str, str]) ->
     if basis.selected and sum(basis.clusters) < sum(basis.selected):
         clusters = f"The selected latents form {basis.clusters[0]} and {basis.clusters[1]} clusters of near-duplicates"
         sentences.append(f"{clusters}, which permutations and resamples keep whole.")
+    if basis.certain and basis.selected:
+        sentences.append(_certain(basis.certain, basis.selected, basis.without_interval))
     if any(basis.by_people):
         sentences.append(_people(basis.by_people, totals))
     return " ".join([*sentences, _OF_SELECTED])
@@ -216,6 +259,14 @@ def _placed(basis: Basis, totals: tuple[int, int], models: tuple[str, str]) -> s
     numbers = zip(totals, selected, models, strict=True)
     placed = (f"{total} of {number} selected latents of {model}" for total, number, model in numbers)
     return f"Compared are the placed ones: {' and '.join(placed)}."
+
+
+def _certain(certain: tuple[int, int], selected: tuple[int, int], without_interval: tuple[int, int]) -> str:
+    return (
+        f"Certain, with both whole intervals of ν within the thresholds, are {certain[0]} of {selected[0]} and "
+        f"{certain[1]} of {selected[1]} selected latents; {without_interval[0]} and {without_interval[1]} have no "
+        "interval and count as not certain."
+    )
 
 
 def _people(by_people: tuple[int, int], totals: tuple[int, int]) -> str:

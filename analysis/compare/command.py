@@ -1,9 +1,5 @@
-"""Which kinds of latents one tuned model has more of than another, with what the small counts allow to be said.
+"""The command `python -m analysis.compare`: the pairs of a study, or a file of counts, and what it prints of either.
 
-    python -m analysis.compare experiment=STUDY       categories of the tuned-only latents of models that share a base
-    python -m analysis.compare counts=FILE            counts from anywhere: a CSV `category,<model>,<model>...`
-
-Those of arXiv 2509.18792 come with it: analysis/published/classes.csv (its tables 2 and 5), categories.csv (table 4).
 What the counts allow to be said is decided in `analysis.compare.claims`.
 """
 
@@ -11,18 +7,20 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, fields, replace
+from itertools import compress
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from analysis.compare.changes import Comparison
-from analysis.compare.comparison_tables import table_of
+from analysis.compare.comparison_tables import certain_table, table_of
 from analysis.compare.config import check_compare
 from analysis.compare.counts import folders_by_base, read_counts
 from analysis.compare.flow import flow_table
 from analysis.compare.pairwise import compare_counts
 from analysis.compare.step import (
+    TABLES,
     check_reference,
     compare,
     flows_of,
@@ -32,12 +30,16 @@ from analysis.compare.step import (
 )
 from analysis.config import AnalysisSettings, CompareConfig
 from analysis.latents.columns import models_of
+from analysis.spelling import did_you_mean
 from analysis.study_folders import categorised_folders
 from analysis.tables import Table, text_of
 from analysis.taxonomy.categories import Category
 from analysis.taxonomy.step import DEFAULT, load_taxonomy
 from extract.command import EXIT_BAD_INPUT, run
 from extract.errors import BadInput
+
+# Above the table of those whose intervals of nu cross no threshold.
+CERTAIN_ALONE = "The certain latents alone:"
 
 
 @dataclass
@@ -61,15 +63,16 @@ def show(comparisons: list[Comparison], beside: list[tuple[Table, str]]) -> str:
 
 
 def _shown(comparison: Comparison) -> str:
-    table = table_of(comparison)
-    rows = [
-        row for row, change in zip(table.printed, comparison.changes, strict=True) if change.count_a + change.count_b
-    ]
-    return f"{text_of(replace(table, printed=rows))}\n\n{comparison.claim}"
+    tables = [table_of(comparison), *([certain_table(comparison)] if comparison.certain else [])]
+    seen = [change.count_a + change.count_b > 0 for change in comparison.changes]
+    shown = [replace(table, printed=list(compress(table.printed, seen))) for table in tables]
+    return "\n\n".join([text_of(shown[0]), comparison.claim, *(f"{CERTAIN_ALONE}\n{text_of(t)}" for t in shown[1:])])
 
 
 def compare_study(settings: AnalysisSettings) -> None:
-    """Compare the pairs of a study whose categories exist."""
+    """Compare the pairs of a study whose categories exist. The report and its tables stay as they are: they were made
+    with settings of their own.
+    """
     folders = categorised_folders(settings)
     if not folders_by_base(folders):
         analysed = "; ".join(f"{folder.name}: {' -> '.join(models_of(folder))}" for folder in folders)
@@ -77,10 +80,11 @@ def compare_study(settings: AnalysisSettings) -> None:
             f"There is one side alone: no two tuned models share a base ({analysed}). Analyse another pair with the "
             f"same base, experiment={settings.study} without /PAIR for all pairs, or give counts=FILE."
         )
-    comparisons = compare(settings, folders)
+    target = Path(settings.outputs) / "compare"
+    comparisons = compare(settings, folders, target)
     beside = leaderboard_said(settings, comparisons)
     print(f"{show(comparisons, beside)}\n\n{text_of(flow_table(flows_of(settings, folders)))}")
-    print(f"\nTables: {Path(settings.outputs) / 'report' / 'tables'}")
+    print(f"\nTables: {target / TABLES}")
 
 
 def compare_file(arguments: list[str]) -> None:
@@ -105,16 +109,25 @@ def default_folder(counts: Path) -> Path:
 
 def counts_settings(arguments: list[str]) -> CountsSettings:
     """The settings of a command line; BadInput for the first that cannot be used."""
+    known = [field.name for field in fields(CountsSettings)]
+    for argument in arguments:
+        name, is_set, _ = argument.partition("=")
+        if not is_set:
+            raise BadInput(f"{argument} has no value. Settings are name=value.")
+        if name.partition(".")[0] not in known:
+            hint = did_you_mean(name, known)
+            raise BadInput(f"{argument} is not a setting.{hint} Settings beside counts=FILE: {', '.join(known)}.")
     try:
         settings = OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(CountsSettings), OmegaConf.from_dotlist(arguments))
         )
     except OmegaConfBaseException as error:
-        valid = ", ".join(field.name for field in fields(CountsSettings))
-        raise BadInput(f"{str(error).splitlines()[0]}. Settings beside counts=FILE: {valid}.") from error
+        raise BadInput(f"{error.full_key}: {str(error).splitlines()[0]}.") from error
     assert isinstance(settings, CountsSettings)
     if not settings.counts:
         raise BadInput("counts= names no file. Give a CSV: counts=FILE with the lines category,<model>,<model>...")
+    if settings.taxonomy and not Path(settings.taxonomy).is_file():
+        raise BadInput(f"taxonomy ({settings.taxonomy}) is not a file. Give a YAML file of classes and categories.")
     check_compare(settings, section="")
     if settings.human_labels:
         raise BadInput("human_labels=true needs the latents of a study. Counts of a file have none: leave it out.")

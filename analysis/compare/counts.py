@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from analysis.compare.bootstrap import Units
-from analysis.compare.selected import Side, read_selected, side_of, units_of
+from analysis.compare.selected import Selected, Side, read_selected, side_of, spoken, units_of
 from analysis.csv_files import Line, read_csv
+from analysis.latents.certainty import CERTAIN, UNKNOWN, certainty_in
 from analysis.latents.columns import models_of
+from analysis.made_with import made_with, selection_of
 from analysis.spelling import did_you_mean
 from analysis.taxonomy.categories import Category
 from extract.errors import BadInput
@@ -31,7 +33,10 @@ class Counts:
     """Latents by category (or class) and model. `totals` count the unclassified ones too; `annotator` named them.
 
     `num_tests` is how many names were looked at, those without a row included. `units` and `sides` are what is known
-    of the single latents of every model: nothing where counts come from a file.
+    of the single latents of every model: nothing where counts come from a file. `certain` counts the certain latents
+    alone; `without_interval` are those of each model that have no interval of nu, and cannot be certain.
+    `made_with` is what each model's latents were selected and named with.
+    `has_categories`: these are classes of categories that are compared as well.
     """
 
     level: str
@@ -42,6 +47,10 @@ class Counts:
     num_tests: int = 0
     units: tuple[Units, ...] = ()
     sides: tuple[Side, ...] = ()
+    certain: Counts | None = None
+    without_interval: tuple[int, ...] = ()
+    made_with: tuple[dict[str, str], ...] = ()
+    has_categories: bool = False
 
 
 def folders_by_base(folders: list[Path]) -> list[list[Path]]:
@@ -56,19 +65,32 @@ def counts_of_folders(folders: list[Path], categories: list[Category], human_lab
     """Classes and categories of the tuned-only latents of analysis folders, one column for each tuned model.
 
     Counted are the placed ones by their primary votes, `other` in the totals alone; with `human_labels`, what people
-    said of a latent instead.
+    said of a latent instead. They are counted a second time without those that might have been selected otherwise.
     """
     columns = columns_of_folders(folders)
     own = [read_selected(folder, tuned, categories, human_labels) for folder, tuned in columns.values()]
+    said = [certainty_in(folder, tuned, selection_of(folder).owner) for folder, tuned in columns.values()]
+    certain = [[row for row in rows if by[row.latent] == CERTAIN] for rows, by in zip(own, said, strict=True)]
+    unknown = tuple(Counter(by.values())[UNKNOWN] for by in said)
+    made = tuple(made_with(folder) for folder, _ in columns.values())
+    levels = (counts_of(list(columns), rows, categories) for rows in (own, certain))
+    return [
+        replace(whole, certain=replace(alone, made_with=made), without_interval=unknown, made_with=made)
+        for whole, alone in zip(*levels, strict=True)
+    ]
+
+
+def counts_of(models: list[str], own: list[list[Selected]], categories: list[Category]) -> list[Counts]:
+    """Classes and categories of the `own` latents of `models`."""
     found = [Counter(row.votes[0] for row in rows if row.is_placed) for rows in own]
     by_name = {category.name: [counter[category.name] for counter in found] for category in categories}
     sides = tuple(side_of(rows) for rows in own)
     counts = Counts(
         CATEGORY,
-        list(columns),
+        models,
         by_name,
         [counter.total() for counter in found],
-        "; ".join(sorted(set().union(*(side.annotators for side in sides)))),
+        "; ".join(spoken(frozenset().union(*(side.annotators for side in sides)))),
         units=tuple(units_of(rows, {name: number for number, name in enumerate(by_name)}) for rows in own),
         sides=sides,
     )
@@ -97,7 +119,9 @@ def classes_of(counts: Counts, categories: list[Category]) -> Counts:
             by_class[category.group] = [
                 a + b for a, b in zip(by_class[category.group], counts.by_name[category.name], strict=True)
             ]
-    return Counts(CLASS, counts.models, by_class, counts.totals, counts.annotator, sides=counts.sides)
+    return Counts(
+        CLASS, counts.models, by_class, counts.totals, counts.annotator, sides=counts.sides, has_categories=True
+    )
 
 
 def read_counts(path: Path, categories: list[Category]) -> list[Counts]:
@@ -114,15 +138,15 @@ def read_counts(path: Path, categories: list[Category]) -> list[Counts]:
         if len(cells) != len(models):
             raise BadInput(f"{where}: row {name!r} has {len(cells)} counts for {len(models)} models.")
         by_name[name] = [_count(cell, where, name) for cell in cells]
-    totals = [sum(column) for column in zip(*by_name.values(), strict=True)] or [0] * len(models)
+    if not by_name.keys() - {UNCLASSIFIED}:
+        raise BadInput(f"counts ({path}): no row names a category. {EXPECTED}")
+    totals = [sum(column) for column in zip(*by_name.values(), strict=True)]
     for model, total in zip(models, totals, strict=True):
         if total == 0:
             raise BadInput(f"counts ({path}): {model} has no latents. A share needs at least one: remove the column.")
         if total > MAX_LATENTS:
             raise BadInput(f"counts ({path}): {model} has {total} latents, more than {MAX_LATENTS}. {COUNT_LATENTS}")
     by_name.pop(UNCLASSIFIED, None)
-    if not by_name:
-        raise BadInput(f"counts ({path}): no row names a category. {EXPECTED}")
     return _levels(path, Counts(CATEGORY, models, by_name, totals), categories)
 
 

@@ -75,6 +75,18 @@ def homogeneity(observed_MC: np.ndarray, dealt_RMC: np.ndarray) -> float:
     return float(((permuted_R >= statistic * (1 - TIE)).sum() + 1) / (len(permuted_R) + 1))
 
 
+def homogeneity_by_other_votes(
+    units: Sequence[Units], num_names: int, num_permutations: int, seed: int = 0
+) -> list[float]:
+    """p of `homogeneity` where the second votes put the latents into categories, the third, ...; none of one vote."""
+    pvalues = []
+    for vote in range(1, max(unit.num_votes for unit in units)):
+        read = [unit.read_by(vote) for unit in units]
+        observed_MC = np.array([counts_of(unit, num_names).sum(0) for unit in read])
+        pvalues.append(homogeneity(observed_MC, dealt_out(read, num_names, num_permutations, seed)))
+    return pvalues
+
+
 def _chi_square(table_RMC: np.ndarray) -> np.ndarray:
     """sum (observed - expected)^2 / expected of each table; what nobody has adds nothing."""
     rows, columns = table_RMC.sum(2, keepdims=True), table_RMC.sum(1, keepdims=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from math import sqrt
+from math import inf, nan, sqrt
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
@@ -18,6 +19,25 @@ from scipy.stats import binom
 TAIL = 1e-9
 # Equal probabilities that differ in their last digits are equal, as in scipy's test.
 TIE = 1 + 1e-7
+
+
+class Detectable(NamedTuple):
+    """True changes that a test finds: the smallest rise and fall at a given power, and the power for a doubling."""
+
+    rise: float
+    fall: float
+    doubling: float
+
+
+def detectable(share: float, total_a: int, total_b: int, target: float = 0.8, alpha: float = 0.05) -> Detectable:
+    """What the test of one category with `share` in a can find; of no share, or no latents, nothing is a multiple."""
+    if not share or not total_b:
+        return Detectable(inf, nan, nan)
+    return Detectable(
+        detectable_rise(share, total_a, total_b, target, alpha),
+        detectable_fall(share, total_a, total_b, target, alpha),
+        power(share, 2 * share, total_a, total_b, alpha) if share <= 0.5 else nan,
+    )
 
 
 @lru_cache(maxsize=200_000)

@@ -7,6 +7,7 @@ one, which the counts are made of. Latents of one *group* are near-duplicates of
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from extract.errors import BadInput
 
 # Outcomes that categories.csv does not know: a person said it, or there is no line at all.
 BY_PEOPLE, MISSING = "placed by people", "missing"
+# What a person is called as an annotator, before the name.
+PEOPLE = "people ("
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Side:
     annotators: frozenset[str]
 
 
+def spoken(annotators: Iterable[str]) -> list[str]:
+    """Annotators in print: people without their names, which serve to tell whether the same ones named both sides."""
+    return sorted({"people" if name.startswith(PEOPLE) else name for name in annotators})
+
+
 def read_selected(folder: Path, owner: str, categories: list[Category], human_labels: bool) -> list[Selected]:
     """The latents of an analysis folder with that owner. With `human_labels` a person's category is the only vote."""
     columns = ["latent", "owner"] + ["group"] * ("group" in pq.read_schema(folder / "latents.parquet").names)
@@ -71,7 +79,7 @@ def _votes(folder: Path) -> dict[int, list[Placed]]:
 def _selected(latent: int, owner: str, group: int, votes: list[Placed], people: dict[int, tuple[str, str]]) -> Selected:
     if latent in people:
         category, who = people[latent]
-        return Selected(latent, owner, group, (category,), BY_PEOPLE, f"people ({who})")
+        return Selected(latent, owner, group, (category,), BY_PEOPLE, f"{PEOPLE}{who})")
     if not votes:
         return Selected(latent, owner, group, ("",), MISSING, "")
     categories = tuple(vote.category for vote in votes)

@@ -78,3 +78,15 @@ def fisher(count_a: int, total_a: int, count_b: int, total_b: int) -> float:
 def benjamini_hochberg(pvalues: list[float]) -> list[float]:
     """q of each p: the false discovery rate at which it would still be called (Benjamini & Hochberg 1995)."""
     return [float(q) for q in false_discovery_control(pvalues, method="bh")] if pvalues else []
+
+
+def holm(pvalues: list[float]) -> list[float]:
+    """Each p corrected so that some true hypothesis is rejected with probability alpha at most (Holm 1979).
+
+    Of the sorted p the i-th of m becomes `max over j <= i of (m - j + 1) p_j`, at most 1.
+    """
+    order = np.argsort(pvalues)
+    scaled = np.asarray(pvalues)[order] * np.arange(len(pvalues), 0, -1)
+    corrected = np.empty(len(pvalues))
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return [float(p) for p in corrected]

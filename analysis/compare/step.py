@@ -2,42 +2,49 @@
 
     tables/class_<a>_<b>, category_<a>_<b>              every name, in the order of the taxonomy
     tables/changes_class_<a>_<b>, changes_category_...  largest changes first, as arXiv 2509.18792 prints them
+    tables/certain_class_<a>_<b>, certain_category_...  the certain latents alone: do the claims hold for them?
     tables/leaderboard_<a>_<b>                          beside an external leaderboard, where one is given
+    tables/comparisons                                  a row for each comparison: the numbers of its claim and caveat
     tables/flow                                         from selection to category, with what was lost and why
 
-each as .csv and .tex. What is computed of two models is in `analysis.compare.pairwise`.
+each as .csv and .tex: in outputs/STUDY/report by `python -m analysis`, in outputs/STUDY/compare by the command
+`python -m analysis.compare`. What is computed of two models is in `analysis.compare.pairwise`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from analysis.compare.beside import LEADERBOARD, beside
+from analysis.compare.beside import beside
 from analysis.compare.changes import Comparison
-from analysis.compare.comparison_tables import CHANGES, changes_table, name_of, table_of
+from analysis.compare.comparison_tables import CERTAIN, CHANGES, certain_table, changes_table, name_of, table_of
 from analysis.compare.counts import LEVELS, columns_of_folders, counts_of_folders, folders_by_base
 from analysis.compare.flow import FlowRow, flow_of, flow_table
 from analysis.compare.leaderboard import Leaderboard, read_leaderboard
 from analysis.compare.pairwise import compare_counts, pairs_of_models
+from analysis.compare.summary import COMPARISONS, comparisons_table
 from analysis.config import AnalysisSettings, CompareConfig
 from analysis.human import HUMAN
 from analysis.tables import ENDINGS, Table, write_table
 from analysis.taxonomy.categories import Category
 from analysis.taxonomy.step import DEFAULT, load_taxonomy
+from analysis.written_files import rewriting
 from extract.errors import BadInput
 
-TABLES = "tables"
+# The folder of the tables, and what names those that a comparison wrote, so that the next one removes what it does not.
+TABLES, WRITTEN = "tables", "compare_files.json"
+# What the names of the tables of two models of a study begin with.
+KINDS = ("", CHANGES, CERTAIN)
 
 
-def compare(settings: AnalysisSettings, folders: list[Path]) -> list[Comparison]:
-    """Compare the tuned-only latents of analysis `folders` that share a base, and write the tables of the report."""
-    config, target = settings.analysis.compare, Path(settings.outputs) / "report" / TABLES
-    categories = taxonomy_of(settings)
-    board = leaderboard_of(config, categories)
+def compare(settings: AnalysisSettings, folders: list[Path], target: Path) -> list[Comparison]:
+    """Compare the tuned-only latents of analysis `folders` that share a base; the tables are written below `target`."""
+    config, tables = settings.analysis.compare, target / TABLES
+    board = leaderboard_of(config, taxonomy_of(settings))
     comparisons = comparisons_of(settings, folders)
-    beside_it = [table.name for table, _ in write_comparisons(comparisons, config, board, target)]
-    write_table(flow_table(flows_of(settings, folders)), target)
-    remove_others(target, {*names_of(config, folders), *beside_it})
+    with rewriting(target / WRITTEN, [tables]):
+        write_comparisons(comparisons, config, board, tables)
+        write_table(flow_table(flows_of(settings, folders)), tables)
     return comparisons
 
 
@@ -89,30 +96,25 @@ def check_reference(models: list[str], reference: str | None, section: str = "an
 def write_comparisons(
     comparisons: list[Comparison], config: CompareConfig, board: Leaderboard | None, folder: Path
 ) -> list[tuple[Table, str]]:
-    """Publish the tables of all comparisons; their captions hold the claims. Returns those beside the leaderboard."""
+    """Publish the tables of all comparisons; their notes hold the claims. Returns those beside the leaderboard."""
     tables = beside(board, comparisons) if board else []
     for comparison in comparisons:
         write_table(table_of(comparison), folder)
         write_table(changes_table(comparison, config.top_changes), folder)
-    for table, _ in tables:
+        if comparison.certain:
+            write_table(certain_table(comparison), folder)
+    for table in (*([comparisons_table(comparisons)] if comparisons else []), *(table for table, _ in tables)):
         write_table(table, folder)
     return tables
 
 
-def remove_others(folder: Path, names: set[str]) -> None:
-    """Removes the tables of comparisons that earlier runs wrote and that are none of `names`: nothing would say so."""
-    starts = tuple(f"{kind}_" for kind in (*LEVELS, *(f"{CHANGES}{level}" for level in LEVELS), LEADERBOARD))
-    for path in folder.iterdir():
-        if path.stem.startswith(starts) and path.suffix[1:] in ENDINGS and path.stem not in names:
-            path.unlink()
-
-
 def names_of(config: CompareConfig, folders: list[Path]) -> list[str]:
     """What the tables of a comparison of analysis `folders` are called, those beside a leaderboard apart."""
-    names = ["flow"]
-    for sharing in folders_by_base(folders):
+    groups = folders_by_base(folders)
+    names = ["flow", *([COMPARISONS] if groups else [])]
+    for sharing in groups:
         pairs = pairs_of_models(list(columns_of_folders(sharing)), config)
-        names += [name_of(f"{kind}{level}", *pair) for kind in ("", CHANGES) for level in LEVELS for pair in pairs]
+        names += [name_of(f"{kind}{level}", *pair) for kind in KINDS for level in LEVELS for pair in pairs]
     return names
 
 

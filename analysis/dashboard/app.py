@@ -54,7 +54,8 @@ def make_app(study: Study) -> Dash:
         __name__, title=study.name, update_title="", serve_locally=True, add_log_handler=False, on_error=say_problem
     )
     app.layout = lambda: layout.page(study.name, study.pairs(), list(study.groups))
-    _browsing(app, study)
+    _choosing(app, study)
+    _listing(app, study)
     _reading(app, study)
     _labelling(app, study)
     _comparing(app, study)
@@ -93,7 +94,7 @@ def _guard(app: Dash) -> None:
     app.server.after_request(protect)
 
 
-def _browsing(app: Dash, study: Study) -> None:
+def _choosing(app: Dash, study: Study) -> None:
     @app.callback(Output("browse", "style"), Output("compare", "style"), Input("url", "pathname"))
     def show_view(path: str) -> tuple[dict[str, str], dict[str, str]]:
         return (HIDDEN, SHOWN) if path == "/compare" else (SHOWN, HIDDEN)
@@ -116,6 +117,8 @@ def _browsing(app: Dash, study: Study) -> None:
         named = [{"label": f"{owner} ({count})", "value": owner} for owner, count in owners.items()]
         return named, [], [*study.groups, NO_CATEGORY], []
 
+
+def _listing(app: Dash, study: Study) -> None:
     asked = {name: Input(name, "value") for name in FILTERS}
     turned = [Input("previous", "n_clicks"), Input("next", "n_clicks"), Input("saved", "data")]
 
@@ -138,7 +141,7 @@ def _browsing(app: Dash, study: Study) -> None:
         selected = views.parse_path(path)
         number = selected[1] if selected and selected[0] == crosscoder.name else None
         where = f"{len(latents)} latents, page {page + 1} of {num_pages(len(latents))}"
-        return views.table(crosscoder, page_of(latents, page), number), where, page, ""
+        return views.table(crosscoder, page_of(latents, page), number), where, page, crosscoder.warning
 
 
 def filter_of(asked: dict) -> Filter:

@@ -10,6 +10,7 @@ from dash import dcc, html
 from dash.development.base_component import Component
 
 from analysis.compare.statistics import wilson
+from analysis.config import NOT_MODELS
 from analysis.dashboard.crosscoders import Crosscoder
 from analysis.dashboard.views import path_of
 
@@ -27,6 +28,13 @@ class Side:
     @property
     def title(self) -> str:
         return f"{self.owner} in {self.crosscoder.name}"
+
+    @property
+    def counted(self) -> str:
+        """How many latents have a category, and how many of these have it from people."""
+        latents, human = self.latents(), self.crosscoder.human
+        by_hand = sum(latent in human and bool(human[latent].category) for latent in latents)
+        return f"({len(latents)}, {by_hand} of them by hand)" if by_hand else f"({len(latents)})"
 
     def latents(self) -> list[int]:
         """Those that have a category, by number."""
@@ -46,7 +54,7 @@ def owner_table(a: Crosscoder, b: Crosscoder) -> Component:
     total_a, total_b = sum(counts_a.values()), sum(counts_b.values())
     rows = [
         html.Tr([html.Td(owner), *_of(counts_a.get(owner, 0), total_a), *_of(counts_b.get(owner, 0), total_b)])
-        for owner in dict.fromkeys([*counts_a, *counts_b])
+        for owner in sorted(counts_a | counts_b, key=lambda owner: owner in NOT_MODELS)
     ]
     return html.Table([_heading("owner", a.name, b.name), html.Tbody(rows)], className="compared", id="owner-counts")
 
@@ -62,7 +70,7 @@ def _heading(what: str, a: str, b: str) -> Component:
 
 
 def share_table(a: Side, b: Side, what: str, count_of: Callable[[Side], Counter[str]]) -> Component:
-    """Shares of the categorised latents with Wilson intervals; the largest differences first."""
+    """Shares of the categorised latents with 95 % Wilson intervals; the largest differences first."""
     counts_a, counts_b = count_of(a), count_of(b)
     total_a, total_b = counts_a.total(), counts_b.total()
     names = sorted(
@@ -72,7 +80,7 @@ def share_table(a: Side, b: Side, what: str, count_of: Callable[[Side], Counter[
     rows = [
         html.Tr([html.Td(name), *_share(counts_a[name], total_a), *_share(counts_b[name], total_b)]) for name in names
     ]
-    head = _heading(what, f"{a.title} ({total_a})", f"{b.title} ({total_b})")
+    head = _heading(what, f"{a.title} {a.counted}", f"{b.title} {b.counted}")
     return html.Table([head, html.Tbody(rows)], className="compared", id=f"shares-{what}")
 
 

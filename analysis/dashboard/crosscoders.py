@@ -5,9 +5,7 @@ Shapes: L latents.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,8 +15,7 @@ import numpy as np
 
 from analysis.annotate.annotations import Annotation, read_annotations
 from analysis.config import NOT_MODELS
-from analysis.examples.database import reading
-from analysis.human import HUMAN, RECORD, HumanLabel, read_labels
+from analysis.human import HUMAN, RECORD, HumanLabel, read_labels, unused_labels
 from analysis.latents.columns import Columns, members_of, models_of, nu_column, owners_in_order, read_columns
 from analysis.scoring.scores import SCORED, SCORES, Score, read_scores
 from analysis.taxonomy.categories import Placed, read_categories
@@ -37,7 +34,9 @@ READING = Lock()
 
 @dataclass(frozen=True)
 class Crosscoder:
-    """One analysis folder. `nu` holds for each latent the worst value of its owner; see `own_nu`."""
+    """One analysis folder. `nu` holds for each latent the worst value of its owner; see `own_nu`. `warning` says what
+    labels by hand are there and not used, if any are.
+    """
 
     folder: Path
     models: list[str]
@@ -47,6 +46,7 @@ class Crosscoder:
     placed: dict[int, Placed]
     scores: list[Score]
     human: dict[int, HumanLabel]
+    warning: str
 
     @property
     def name(self) -> str:
@@ -101,7 +101,7 @@ def load(folder: Path) -> Crosscoder:
 
 @lru_cache(maxsize=8)
 def _load(folder: Path, stamps: tuple[int, ...], human_stamp: int) -> Crosscoder:
-    return replace(_read(folder, stamps), human=read_labels(folder))
+    return replace(_read(folder, stamps), human=read_labels(folder), warning=unused_labels(folder))
 
 
 @lru_cache(maxsize=4)
@@ -113,7 +113,7 @@ def _read(folder: Path, stamps: tuple[int, ...]) -> Crosscoder:
     placed = read_categories(folder) if (folder / CATEGORIES).exists() else []
     scores = [score for score in read_scores(folder) if score.outcome == SCORED]
     by_latent = {row.latent: row for row in described}, {row.latent: row for row in placed}
-    return Crosscoder(folder, models, columns, nu, *by_latent, scores, {})
+    return Crosscoder(folder, models, columns, nu, *by_latent, scores, {}, "")
 
 
 def own_nu(columns: Columns, models: Sequence[str], name: str) -> np.ndarray:
@@ -134,8 +134,3 @@ def own_nu(columns: Columns, models: Sequence[str], name: str) -> np.ndarray:
                 takes_L = mine_LM[:, i] & ~mine_LM[:, j] & ~(np.abs(value_L) <= np.abs(worst_L))
                 worst_L = np.where(takes_L, value_L, worst_L)
     return worst_L
-
-
-def database(folder: Path) -> closing[sqlite3.Connection]:
-    """The documents of an analysis folder, to be read only."""
-    return reading(folder)

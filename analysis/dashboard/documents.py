@@ -11,8 +11,7 @@ from pathlib import Path
 from dash import html
 from dash.development.base_component import Component
 
-from analysis.dashboard.crosscoders import database
-from analysis.examples.database import Example, has_samples, read_examples, read_samples
+from analysis.examples.database import Example, Sample, has_samples, read_examples, read_samples, reading
 from analysis.examples.excerpts import Span, spans_of
 from analysis.examples.samples import NEAR_MISS
 
@@ -22,7 +21,7 @@ TOP = "top"
 
 def shown_documents(folder: Path, latent: int, kind: str, context: int) -> Component:
     """The documents of one kind ("top", "activating", "near_miss" or "silent"), `context` tokens of each."""
-    with database(folder) as opened:
+    with reading(folder) as opened:
         found = _top(opened, latent) if kind == TOP else _drawn(opened, latent, kind)
         strongest = max((max(example.activations.values()) for _, example in found), default=0.0)
         shown = [_document(opened, heading, example, context, strongest) for heading, example in found]
@@ -43,15 +42,16 @@ def _drawn(opened: sqlite3.Connection, latent: int, kind: str) -> list[tuple[str
         return []
     samples = [sample for sample in read_samples(opened, latent) if sample.kind == kind]
     samples.sort(key=lambda sample: (-(sample.quantile or 0), -(sample.max_activation or 0.0)))
-    return [
-        (
-            f"stratum {sample.quantile}, maximum {sample.max_activation:.3g}"
-            if sample.quantile is not None
-            else {NEAR_MISS: f"best value below the threshold {sample.max_activation:.3g}"}.get(kind, "never fires"),
-            replace(sample, activations=sample.activations or {sample.position or 0: 0.0}),
-        )
-        for sample in samples
-    ]
+    return [(_heading(s), replace(s, activations=s.activations or {s.position or 0: 0.0})) for s in samples]
+
+
+def _heading(sample: Sample) -> str:
+    """What a document was drawn for; of a near miss also the token that comes nearest, which nothing marks."""
+    if sample.kind == NEAR_MISS and sample.position is not None:
+        return f"best value below the threshold {sample.max_activation:.3g}, at “{sample.tokens[sample.position]}”"
+    return (
+        "never fires" if sample.quantile is None else f"stratum {sample.quantile}, maximum {sample.max_activation:.3g}"
+    )
 
 
 def _document(opened: sqlite3.Connection, heading: str, example: Example, context: int, strongest: float) -> Component:

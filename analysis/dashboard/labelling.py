@@ -21,8 +21,8 @@ def form_of(found: Latent | None, path: str | None) -> tuple[list[str | None], l
     given, placed = crosscoder.human.get(latent), crosscoder.placed.get(latent)
     annotation = crosscoder.annotations.get(latent)
     values = [given.label, given.category or None, given.note] if given else ["", None, ""]
-    annotators = [annotation.label if annotation else "", (placed.category if placed else "") or "none"]
-    return values, annotators, whose(crosscoder, path)
+    annotators = [annotation.label if annotation else "", placed.category if placed else ""]
+    return values, [f"annotator: {said or 'none'}" for said in annotators], whose(crosscoder, path)
 
 
 def whose(crosscoder: Crosscoder, path: str | None) -> list[str | None]:

@@ -102,7 +102,8 @@ def _comparison(pairs: list[str]) -> list[Component]:
     return [
         html.Div([*choices, *owners, listed], className="choices"),
         html.P(
-            "Shares of so few latents differ by chance: what may be claimed stands in the report and in "
+            "Shares with 95 % Wilson intervals, near-duplicates counted one by one. Shares of so few latents differ by "
+            "chance, and people judge unlike annotators: what may be claimed stands in the report and in "
             "`python -m analysis.compare`.",
             className="quiet",
         ),

@@ -7,17 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import permutations
 from urllib.parse import quote, unquote
 
+import numpy as np
 from dash import dcc, html
 from dash.development.base_component import Component
 
 from analysis.dashboard.crosscoders import Crosscoder
-from analysis.latents.columns import nu_column, pair_column
+from analysis.latents.columns import Columns, nu_column, pair_column
 from analysis.scoring.scores import NONE, Score
 
 HEADING = ("latent", "owner", "label", "category", "confidence")
 NUMBERS = ("ν error", "ν recon.", "frequency", "max")
+# Columns that are facts about a latent, as they are called in print.
+FACTS = {
+    "owner": "owner",
+    "dedicated": "dedicated",
+    "frequency": "frequency",
+    "num_active_tokens": "active tokens",
+    "mean_activation": "mean activation",
+    "max_activation": "largest activation",
+}
+NU_FACTS = {"nu_error": "ν error", "nu_reconstruction": "ν reconstruction"}
 BY_HAND = "✎ "
 LATENT_PATH = "/latent/"
 
@@ -79,7 +91,7 @@ def facts(crosscoder: Crosscoder, latent: int) -> Component:
         given = f"{human.label or 'no label'} – {human.category or 'no category'}"
         said = f"{BY_HAND}{given} – {human.who}, {human.at}. {human.note}"
         parts.append(html.P(said, id="said", className="said"))
-    return html.Div([*parts, _numbers(crosscoder, latent)])
+    return html.Div([*parts, _duplicates(crosscoder, latent), _numbers(crosscoder, latent)])
 
 
 def _score(score: Score) -> str:
@@ -89,16 +101,31 @@ def _score(score: Score) -> str:
 
 def _numbers(crosscoder: Crosscoder, latent: int) -> Component:
     columns, models = crosscoder.columns, crosscoder.models
-    names = ["owner", "dedicated", "frequency", "num_active_tokens", "mean_activation", "max_activation"]
-    names += [f"norm_{model}" for model in models]
-    pairs = [(a, b) for a in models for b in models if a != b]
-    for a, b in pairs:
-        names += [pair_column("delta_norm", models, a, b)] * (a == models[0])
-        names += [nu_column(name, models, a, b) for name in crosscoder.nu]
-    shown = [(name, columns[name][latent]) for name in dict.fromkeys(names) if name in columns]
-    cells = [html.Div([html.Dt(name), html.Dd(_value(value))]) for name, value in shown]
+    names = FACTS | {f"norm_{model}": f"decoder norm in {model}" for model in models}
+    for a, b in permutations(models, 2):
+        against, towards = (f" of {b} against {a}", f" towards {b}") if len(models) > 2 else ("", "")
+        if a == models[0]:
+            names[pair_column("delta_norm", models, a, b)] = f"Δ-norm{against}"
+        names |= {nu_column(name, models, a, b): f"{said} of {a}{towards}" for name, said in NU_FACTS.items()}
+    shown = {name: said for name, said in names.items() if name in columns}
+    cells = [html.Div([html.Dt(said), html.Dd(_value(columns, name, latent))]) for name, said in shown.items()]
     return html.Dl(cells, className="numbers")
 
 
-def _value(value: object) -> str:
-    return number(value) if isinstance(value, float) else str(value)
+def _duplicates(crosscoder: Crosscoder, latent: int) -> Component:
+    """Links to the near-duplicates of a latent; empty where it has none."""
+    group_L = crosscoder.columns.get("group", np.arange(latent + 1))
+    others = [int(other) for other in np.flatnonzero(group_L == group_L[latent]) if other != latent]
+    links = [part for other in others for part in (" ", dcc.Link(str(other), href=path_of(crosscoder.name, other)))]
+    return html.P(["Near-duplicates:", *links] if others else [], id="duplicates", className="quiet")
+
+
+def _value(columns: Columns, name: str, latent: int) -> str:
+    """With its interval where it has one."""
+    value = columns[name][latent]
+    if not isinstance(value, float):
+        return str(value)
+    low, high = (
+        columns[f"{name}_{end}"][latent] if f"{name}_{end}" in columns else math.nan for end in ("low", "high")
+    )
+    return f"{number(value)} ({number(low)} to {number(high)})" if math.isfinite(low) else number(value)

@@ -1,4 +1,5 @@
-"""`document_maxima.parquet`: the maximum of every latent that a model may own in every document in which it fires.
+"""`document_maxima.parquet`: the maximum of every latent that a model, or several but not all, may own, in every
+document in which it fires.
 
 They are gathered while the store is read for everything else: another pass would read terabytes again. The maxima of
 all latents would fill tens of gigabytes, but the decoder norms alone rule out nearly all of them beforehand.
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from analysis.damage import readable
 from analysis.firings.firings import DocumentFirings
 from extract.errors import BadInput
 from extract.publish import partial_of, publishing
@@ -95,7 +97,7 @@ def read_maxima(path: Path) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     memory at a time. BadInput for a file that is not sorted.
     """
     latent, documents, maxima = -1, list[np.ndarray](), list[np.ndarray]()
-    with pq.ParquetFile(path) as file:
+    with readable(path), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(ROWS_PER_BATCH):
             latent_r, document_r, maximum_r = (batch[name].to_numpy() for name in SCHEMA.names)
             starts = np.flatnonzero(np.diff(latent_r, prepend=-1))
@@ -116,7 +118,9 @@ def read_maxima(path: Path) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
 
 def read_documents_of(path: Path, latents: Iterable[int]) -> np.ndarray:
     """The documents in which each of some latents fires, one latent after another; only their row groups are read."""
-    return pq.read_table(path, columns=["document"], filters=[("latent", "in", list(latents))])["document"].to_numpy()
+    with readable(path):
+        table = pq.read_table(path, columns=["document"], filters=[("latent", "in", list(latents))])
+    return table["document"].to_numpy()
 
 
 def _chunks(path: Path) -> Iterator[np.ndarray]:

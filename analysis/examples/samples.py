@@ -10,7 +10,7 @@ For H latents, with the default settings and f firing tokens in an activating do
 + 25 * 32 + 2048) bytes: at 114,688 latents and f = 10, 923 MB; of the 10,000 that some of the models may
 own, 80 MB.
 
-Shapes: H latents that are sampled, d documents of a batch, P documents of the pool, g (latent, document) pairs.
+Shapes: L latents, of which H are sampled, P documents of the pool, g (latent, document) pairs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from analysis.examples.top_documents import TopDocuments, ranks
 from analysis.firings.config import ExamplesConfig
 from analysis.firings.firings import DocumentFirings
-from analysis.firings.reading import Reading, TokenBatch
+from analysis.firings.reading import Reading
 
 ACTIVATING, NEAR_MISS, SILENT = "activating", "near_miss", "silent"
 # Documents that silent ones are drawn from.
@@ -57,29 +55,25 @@ class Samples:
 
     def add(self, firings: DocumentFirings) -> None:
         """Adds whole documents of texts that are new."""
-        wanted = firings.select(np.flatnonzero(self._wanted_L[firings.latent_g]))
+        wanted = firings.where(self._wanted_L[firings.latent_g])
         # The lowest hashes are the highest scores.
         self._activating.add(wanted, -hashes(wanted.latent_g, wanted.document_g, self._config.seed))
         pool_g = self._in_pool_n[wanted.document_g]
         pooled_g = pool_g >= 0
         self._fires_HP[self._place_L[wanted.latent_g[pooled_g]], pool_g[pooled_g]] = True
 
-    def add_maxima(
-        self, pre_dH: np.ndarray, position_dH: np.ndarray, document_d: np.ndarray, firings: DocumentFirings
-    ) -> None:
-        """Adds the largest pre-activations and where they are (d, H), in documents of new texts; `firings` are those of
-        the same batch.
+    @property
+    def near_miss_floor_L(self) -> np.ndarray:
+        """The pre-activation (L,) that a document must reach to be a near miss.
+
+        Only positive ones: a pre-activation that the ReLU silences is none.
         """
-        if not self._config.num_near_miss or not len(document_d):
-            return
-        wanted_g = self._wanted_L[firings.latent_g] & np.isin(firings.document_g, document_d)
-        row_g = np.searchsorted(document_d, firings.document_g[wanted_g])
-        pre_dH[row_g, self._place_L[firings.latent_g[wanted_g]]] = 0
-        # Only positive ones: a pre-activation that the ReLU silences is no near miss.
-        floor_H = np.maximum(self._near_misses.floor_L[self._latent_H], np.finfo(np.float32).tiny)
-        row_g, place_g = np.nonzero(pre_dH >= floor_H)
-        latent_g, position_g = self._latent_H[place_g], position_dH[row_g, place_g]
-        self._near_misses.add(DocumentFirings.adjacent(latent_g, document_d[row_g], position_g, pre_dH[row_g, place_g]))
+        wanted_L = self._wanted_L & (self._config.num_near_miss > 0)
+        return np.where(wanted_L, np.maximum(self._near_misses.floor_L, np.finfo(np.float32).tiny), np.inf)
+
+    def add_near_misses(self, firings: DocumentFirings) -> None:
+        """Adds candidates in documents of texts that are new."""
+        self._near_misses.add(firings)
 
     def result(self) -> DrawnSamples:
         """All samples, sorted by latent within each kind; none of latents that never fired."""
@@ -105,12 +99,16 @@ class Samples:
             pool_g = self._in_pool_n[near.document_g[first:last]]
             silent_P[pool_g[pool_g >= 0]] = False
             candidates = self._pool_P[silent_P]
-            order = hashes(np.full(len(candidates), latent), candidates, self._config.seed).argsort(kind="stable")
-            chosen = np.sort(candidates[order[: self._config.num_silent]])
+            chosen = np.sort(candidates[self._lowest(hashes(np.full(1, latent), candidates, self._config.seed))])
             latents.append(np.full(len(chosen), latent))
             documents.append(chosen)
         latent_g = np.concatenate(latents)
         return DocumentFirings.silent(latent_g, np.concatenate(documents), np.zeros(len(latent_g), dtype=np.float32))
+
+    def _lowest(self, hash_g: np.ndarray) -> np.ndarray:
+        """The places of the `num_silent` lowest hashes, in any order, of which no two are equal in practice."""
+        num = self._config.num_silent
+        return np.argpartition(hash_g, num)[:num] if num < len(hash_g) else np.arange(len(hash_g))
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {
@@ -125,48 +123,6 @@ class Samples:
             own = {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
             documents.restore(own)
         self._fires_HP[...] = arrays["fires"]
-
-
-class PreActivations:
-    """The largest pre-activation of each document of a batch, and where it is, of the latents of a mask, from chunks of
-    the encoder.
-    """
-
-    def __init__(self, wanted_L: np.ndarray, device: torch.device):
-        self._latent_H = torch.from_numpy(np.flatnonzero(wanted_L))
-        self._device = device
-        self._lengths: list[int] = []
-        self._position_B = np.empty(0, dtype=np.int64)
-        self._parts: list[tuple[Tensor, Tensor]] = []
-
-    def begin(self, batch: TokenBatch) -> np.ndarray:
-        """A new batch; returns its documents (d,), those with a kept token."""
-        documents, lengths = np.unique(batch.document_B, return_counts=True)
-        self._lengths, self._position_B, self._parts = lengths.tolist(), batch.position_B, []
-        return documents
-
-    def watch(self, first: int, pre_BC: Tensor) -> None:
-        """See `train.inference.inference_codes`."""
-        ends = torch.tensor([first, first + pre_BC.shape[1]])
-        begin, end = torch.searchsorted(self._latent_H, ends).tolist()
-        if begin == end:
-            return
-        column_h = self._latent_H[begin:end] - first
-        if column_h[-1] - column_h[0] == end - begin - 1:  # neighbours, as dedicated latents are: no copy
-            pre_Bh = pre_BC[:, int(column_h[0]) : int(column_h[-1]) + 1]
-        else:
-            pre_Bh = pre_BC.index_select(1, column_h.to(self._device))
-        best = [part.max(0) for part in pre_Bh.split(self._lengths)]
-        self._parts.append((torch.stack([part[0] for part in best]), torch.stack([part[1] for part in best])))
-
-    def maxima(self) -> tuple[np.ndarray, np.ndarray]:
-        """(d, H), float32, and their positions in their documents."""
-        if not self._parts:
-            nothing = np.empty((len(self._lengths), 0), dtype=np.float32)
-            return nothing, nothing.astype(np.int64)
-        value_dH, index_dH = (torch.cat(parts, dim=1) for parts in zip(*self._parts, strict=True))
-        start_d1 = np.cumsum([0, *self._lengths])[:-1, None]
-        return value_dH.float().cpu().numpy(), self._position_B[index_dH.cpu().numpy() + start_d1]
 
 
 def _pool(reading: Reading, seed: int) -> np.ndarray:

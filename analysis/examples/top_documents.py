@@ -12,7 +12,7 @@ import numpy as np
 from analysis.firings.firings import NO_TOKENS, DocumentFirings
 
 # Firing tokens (and documents) held back before candidates are sorted; about 40 bytes each, besides what is kept.
-PENDING_TOKENS = 2**19
+PENDING_TOKENS = 2**17
 ARRAYS = ("latent", "document", "maximum", "length", "position", "value", "score")
 
 

@@ -6,8 +6,9 @@ from extract.errors import BadInput
 
 # Latents that documents can be drawn for.
 SAMPLED = ("all", "held")
-# Groups times latents are numbered in int32.
 MOST_GROUPS = 1024
+# Groups times latents, which are numbered in int32: 64 groups of 33 million latents.
+MOST_ROWS = 2**31
 
 
 @dataclass
@@ -66,12 +67,13 @@ def check_pass(examples: ExamplesConfig, intervals: IntervalsConfig, nulls: Null
         ("intervals.groups", intervals.groups, 2),
         ("intervals.resamples", intervals.resamples, 1),
         ("nulls.num_latents", nulls.num_latents, 1),
-        ("examples.seed", examples.seed, 0),
-        ("intervals.seed", intervals.seed, 0),
-        ("nulls.seed", nulls.seed, 0),
     ):
         if value < least:
             raise BadInput(f"analysis.{name} ({value}) must be at least {least}.")
+    seeds = {"examples.seed": examples.seed, "intervals.seed": intervals.seed, "nulls.seed": nulls.seed}
+    for name, seed in seeds.items():
+        if not 0 <= seed < 2**63:
+            raise BadInput(f"analysis.{name} ({seed}) must lie between 0 and 2^63 - 1.")
     if intervals.groups > MOST_GROUPS:
         raise BadInput(
             f"analysis.intervals.groups ({intervals.groups}) must be at most {MOST_GROUPS}: sums are kept of every "
@@ -81,3 +83,12 @@ def check_pass(examples: ExamplesConfig, intervals: IntervalsConfig, nulls: Null
         raise BadInput(f'analysis.examples.sampled ({examples.sampled}) must be "all" or "held".')
     if not 0 < intervals.confidence < 1:
         raise BadInput(f"analysis.intervals.confidence ({intervals.confidence}) must lie between 0 and 1.")
+
+
+def check_groups(groups: int, num_latents: int) -> None:
+    """Raises BadInput for more groups of latents than can be numbered."""
+    if groups * num_latents > MOST_ROWS:
+        raise BadInput(
+            f"analysis.intervals.groups ({groups}) times {num_latents:,} latents are more than {MOST_ROWS:,}. Set at "
+            f"most {MOST_ROWS // num_latents} groups."
+        )

@@ -36,7 +36,7 @@ class Codes:
     def of(cls, selection: Selection, code_S: Tensor, group_B: Tensor, num_latents: int) -> Codes:
         """Codes sorted by token; `group_B` is the group of each token."""
         row_S = group_B[selection.token] * num_latents + selection.latent
-        # 32 bits sort twice as fast, and hold 64 groups of 33 million latents.
+        # 32 bits sort twice as fast; `check_groups` sees to it that they suffice.
         row_n, order_n = row_S.int().sort(stable=True)
         row_u, count_u = torch.unique_consecutive(row_n, return_counts=True)
         start_u1 = torch.nn.functional.pad(count_u.cumsum(0), (1, 0))
@@ -112,11 +112,27 @@ class DocumentFirings:
         groups = (self.latent_g[index_g], self.document_g[index_g], self.maximum_g[index_g], self.length_g[index_g])
         return DocumentFirings(*groups, self.position_n[index_n], self.value_n[index_n])
 
-    def tokens(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(positions, values) of every group."""
+    def where(self, mask_g: np.ndarray) -> DocumentFirings:
+        """The groups of a mask; no copy where these are all."""
+        return self if mask_g.all() else self.select(mask_g)
+
+    @property
+    def peak_g(self) -> np.ndarray:
+        """The position of the strongest token of each group, the first of several, -1 where none fires."""
+        peak_g = np.full(len(self.length_g), -1, dtype=np.int32)
+        group_n = np.repeat(np.arange(len(self.length_g)), self.length_g)
+        strongest = np.flatnonzero(self.value_n == self.maximum_g[group_n])[::-1]
+        peak_g[group_n[strongest]] = self.position_n[strongest]  # of several values the last one stays
+        return peak_g
+
+    def parts(self, size: int) -> Iterator[tuple[slice, DocumentFirings]]:
+        """All groups in their order, `size` at a time, without copies: which they are, and they."""
         end_g = self.length_g.cumsum(dtype=np.int64)
-        for start, end in zip(end_g - self.length_g, end_g, strict=True):
-            yield self.position_n[start:end], self.value_n[start:end]
+        for first in range(0, len(end_g), size):
+            groups = slice(first, first + size)
+            tokens = slice(end_g[first] - self.length_g[first], end_g[groups][-1])
+            columns = (self.latent_g[groups], self.document_g[groups], self.maximum_g[groups], self.length_g[groups])
+            yield groups, DocumentFirings(*columns, self.position_n[tokens], self.value_n[tokens])
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         return self.latent_g, self.document_g, self.maximum_g, self.length_g, self.position_n, self.value_n

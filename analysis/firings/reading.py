@@ -47,10 +47,7 @@ class Reading:
 
     def __init__(self, pairs: ActivationPairs, kinds: TokenKinds, batch_tokens: int, num_groups: int):
         self.pairs, self.kinds, self.num_groups = pairs, kinds, num_groups
-        starts = pairs.tokens.row_starts
-        # Of documents that have none, reduceat would count the next one's first token.
-        kept_before = np.concatenate([[0], pairs.kept.mask.cumsum()])
-        self.kept_n = np.diff(kept_before[starts])
+        self.kept_n = pairs.kept.of_documents(pairs.tokens.row_starts)
         begin_n = self.kept_n.cumsum() - self.kept_n
         self.num_tokens = int(self.kept_n.sum())
         self.group_n = begin_n // max(1, min(BLOCK_TOKENS, self.num_tokens // num_groups)) % num_groups

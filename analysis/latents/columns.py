@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from analysis.config import NOT_MODELS
+from analysis.damage import readable
 
 Columns = dict[str, np.ndarray]
 NORM = "norm_"
@@ -37,13 +38,15 @@ def nu_column(name: str, models: Sequence[str], focus: str, other: str) -> str:
 
 def models_of(folder: Path) -> list[str]:
     """The models of an analysis folder, base first."""
-    names = pq.read_schema(folder / "latents.parquet").names
+    with readable(folder / "latents.parquet"):
+        names = pq.read_schema(folder / "latents.parquet").names
     return [name.removeprefix(NORM) for name in names if name.startswith(NORM)]
 
 
 def read_columns(folder: Path) -> Columns:
     """`latents.parquet` as arrays (L,)."""
-    table = pq.read_table(folder / "latents.parquet")
+    with readable(folder / "latents.parquet"):
+        table = pq.read_table(folder / "latents.parquet")
     return {name: np.array(column) for name, column in table.to_pydict().items()}
 
 

@@ -6,7 +6,7 @@
     shared              latents that Delta-norm calls shared, with their own directions: how often a latent of both
                         models passes for one of a single model
 
-Shapes: N latents with a random direction, M models, D width, L latents; u rows of a batch.
+Shapes: N latents of a null, n of them with both nu, Q quantiles, M models, D width, L latents; u rows of a batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import csv
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 import torch
@@ -86,25 +87,35 @@ class Null:
 
 
 def null_rows(nulls: list[Null], models: list[str], owner: OwnerConfig) -> list[list[object]]:
-    """Lines of `nulls.csv` for every ordered pair of models: quantiles of nu, and shares of |nu| below thresholds."""
-    thresholds = (owner.max_nu_error, owner.max_nu_reconstruction)
+    """Lines of `nulls.csv` for every ordered pair of models: quantiles of nu, and shares of |nu| below the thresholds
+    of ordinary and of dedicated latents.
+    """
+    rules = [
+        (owner.max_nu_error, limit) for limit in (owner.max_nu_reconstruction, owner.max_nu_reconstruction_dedicated)
+    ]
     rows: list[list[object]] = []
-    pairs = [(a, b) for a in range(len(models)) for b in range(len(models)) if a != b]
     for null in nulls:
-        for focus, other in pairs:
-            error_N, recons_N = (values[:, focus, other] for values in null.values)
-            defined_N = ~(np.isnan(error_N) | np.isnan(recons_N))
-            both = [error_N[defined_N], recons_N[defined_N]]
-            passes = [np.abs(values) < limit for values, limit in zip(both, thresholds, strict=True)]
-            count = int(defined_N.sum())
-            for measure, values, limit, pass_N in zip(MEASURES, both, thresholds, passes, strict=True):
-                quantiles, shares = [""] * len(QUANTILES), ["", ""]
-                if count:
-                    quantiles = [f"{value:.6g}" for value in np.quantile(values, QUANTILES)]
-                    shares = [f"{share:.6g}" for share in (pass_N.mean(), (passes[0] & passes[1]).mean())]
-                line = [null.name, measure, models[focus], models[other], count, *quantiles, f"{limit:.6g}", *shares]
-                rows.append(line)
+        for (a, focus), (b, other) in permutations(enumerate(models), 2):
+            nu_2N = np.stack([values[:, a, b] for values in null.values])
+            nu_2n = nu_2N[:, ~np.isnan(nu_2N).any(axis=0)]
+            count = nu_2n.shape[1]
+            quantiles_2Q = np.quantile(nu_2n, QUANTILES, axis=1).T if count else np.full((2, len(QUANTILES)), np.nan)
+            for row, (measure, quantiles_Q) in enumerate(zip(MEASURES, quantiles_2Q, strict=True)):
+                cells = [*quantiles_Q, *(cell for limits in rules for cell in passing(nu_2n, row, limits))]
+                rows.append([null.name, measure, focus, other, count, *map(_cell, cells)])
     return rows
+
+
+def passing(nu_2n: np.ndarray, row: int, limits: tuple[float, float]) -> tuple[float, float, float]:
+    """The limit of one measure, the share of latents whose |nu| is below it, and of those with both below theirs."""
+    if not nu_2n.size:
+        return limits[row], np.nan, np.nan
+    passes_2n = np.abs(nu_2n) < np.array(limits)[:, None]
+    return limits[row], float(passes_2n[row].mean()), float(passes_2n.all(axis=0).mean())
+
+
+def _cell(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.6g}"
 
 
 def nulls_csv(rows: list[list[object]]) -> str:
@@ -113,6 +124,7 @@ def nulls_csv(rows: list[list[object]]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     quantiles = [f"q{round(100 * share):02d}" for share in QUANTILES]
     ends = ["threshold", "share_passing", "share_passing_both"]
-    writer.writerow(["null", "measure", "focus", "other", "count", *quantiles, *ends])
+    dedicated = [f"{name}_dedicated" for name in ends]
+    writer.writerow(["null", "measure", "focus", "other", "count", *quantiles, *ends, *dedicated])
     writer.writerows(rows)
     return text.getvalue()

@@ -1,8 +1,9 @@
 """One pass over the kept tokens of a store: codes, and everything that is gathered from them, resumable.
 
 Work beside the encoder's product is proportional to the latents that fire; no (B, L) tensor exists. What is kept does
-not grow with the store (but for the rows of document maxima, on disk). At L = 114,688, M = 2, D = 3584 in float32, with
-the default settings, 10 kinds and sources and f = 10 firing tokens in a top document:
+not grow with the store, but for 2 bytes a token (whether it counts, and its kind), a few hundred a document, and rows
+of document maxima, on disk. At L = 114,688, M = 2, D = 3584 in float32, with the default settings, 10 kinds and sources
+and f = 10 firing tokens in a top document:
 
     weights                W_enc and W_dec 3.3 GB each; on one device
     sums of latent scaling 8 * 64 * L * 9               528 MB      `scaling.ScalingSums`
@@ -28,12 +29,14 @@ import torch
 
 from analysis.config import AnalysisConfig
 from analysis.examples.maxima import MaximaSpool
-from analysis.examples.samples import PreActivations, Samples
+from analysis.examples.near_misses import NearMisses
+from analysis.examples.samples import Samples
 from analysis.examples.top_documents import TopDocuments
 from analysis.firings.firings import Codes, DocumentFirings
 from analysis.firings.reading import Reading, TokenBatch
 from analysis.latents.activity import Activity
 from analysis.latents.nulls import RandomDirections
+from analysis.latents.one_behind import OneBehind
 from analysis.latents.scaling import ScalingSums
 from analysis.latents.state import PassState, Place
 from train.crosscoder import Crosscoder
@@ -53,8 +56,8 @@ class Resumable(Protocol):
 class LatentPass:
     """What is gathered, and how a batch is added to it.
 
-    `owned_L` masks the latents that one model may own, whose document maxima are kept, `sampled_L` those for which
-    documents are drawn.
+    `owned_L` masks the latents that some of the models may own, whose document maxima are kept, `sampled_L` those for
+    which documents are drawn.
     """
 
     def __init__(
@@ -70,7 +73,9 @@ class LatentPass:
         self._crosscoder, self._reading, self._state = crosscoder, reading, state
         self._operands = Operands.of(crosscoder)
         self._W_dec_LMD = crosscoder.W_dec.detach().unflatten(1, (crosscoder.num_models, crosscoder.d_model))
-        self._pre_activations = PreActivations(sampled_L, device)
+        assert crosscoder.threshold is not None
+        self._threshold = crosscoder.threshold
+        self._near_misses = NearMisses(self._operands.scale_L, self._threshold)
         self.sums = ScalingSums(*shape, reading.num_groups, device)
         self.directions = RandomDirections(*shape, crosscoder.d_model, config.nulls, device)
         self.activity = Activity(crosscoder.num_latents, reading.kinds)
@@ -83,6 +88,7 @@ class LatentPass:
             "top": self.top,
             "samples": self.samples,
         }
+        self._behind = OneBehind()
         self.next_batch = self.saved_batch = self._resume(owned_L)
 
     def _resume(self, owned_L: np.ndarray) -> int:
@@ -96,42 +102,41 @@ class LatentPass:
 
     @torch.inference_mode()
     def add(self, batch: TokenBatch) -> None:
-        """Adds the next batch."""
+        """Adds the next batch, and returns while documents and counts are still being added: `save` waits for them."""
         if len(batch.document_B):
             self._add(batch)
         self.next_batch += 1
 
     def _add(self, batch: TokenBatch) -> None:
         device = self._operands.b_dec.device
-        document_d = self._pre_activations.begin(batch)
+        # The batch before may raise these floors meanwhile: lower ones only let more candidates through.
+        self._near_misses.begin(batch, self.samples.near_miss_floor_L)
         x_BMD = self._crosscoder.scale(batch.x_BMD.to(device))
-        assert self._crosscoder.threshold is not None
-        selection, code_S = inference_codes(
-            self._crosscoder.threshold, x_BMD.flatten(1), self._operands, self._pre_activations.watch
-        )
+        selection, code_S = inference_codes(self._threshold, x_BMD.flatten(1), self._operands, self._near_misses.watch)
         recons_BMD = decode(selection, code_S, len(x_BMD), self._operands).view_as(x_BMD)
         group_B = torch.from_numpy(batch.group_B).to(device)
         codes = Codes.of(selection, code_S, group_B, self._crosscoder.num_latents)
         error_BMD = x_BMD.sub_(recons_BMD)  # in the memory of what is not needed any more
         self.sums.add(codes, error_BMD, recons_BMD, self._W_dec_LMD, self.directions.add)
         firings = DocumentFirings.of(codes, batch.document_B, batch.position_B)
-        self.activity.add(firings, batch.kind_B[codes.token_n.cpu().numpy()], len(x_BMD))
-        self.maxima.add(firings)
-        self._add_documents(firings, document_d)
+        kind_n, near_misses = batch.kind_B[codes.token_n.cpu().numpy()], self._near_misses.found(batch)
+        self._behind.submit(lambda: self._add_on_host(firings, kind_n, len(x_BMD), near_misses))
 
-    def _add_documents(self, firings: DocumentFirings, document_d: np.ndarray) -> None:
-        """Of the first document of each text."""
+    def _add_on_host(
+        self, firings: DocumentFirings, kind_n: np.ndarray, num_tokens: int, near_misses: DocumentFirings
+    ) -> None:
+        """Adds what a batch gives but for the sums; documents only where they are the first of their text."""
+        self.activity.add(firings, kind_n, num_tokens)
+        self.maxima.add(firings)
         is_first_n = self._reading.is_first_n
-        if not is_first_n[document_d].all():
-            firings = firings.select(np.flatnonzero(is_first_n[firings.document_g]))
+        firings = firings.where(is_first_n[firings.document_g])
         self.top.add(firings)
         self.samples.add(firings)
-        is_first_d = is_first_n[document_d]
-        value_dH, position_dH = self._pre_activations.maxima()
-        self.samples.add_maxima(value_dH[is_first_d], position_dH[is_first_d], document_d[is_first_d], firings)
+        self.samples.add_near_misses(near_misses.where(is_first_n[near_misses.document_g]))
 
     def save(self) -> None:
         """The next pass of the same identity goes on here."""
+        self._behind.wait()
         if self.next_batch == self.saved_batch:
             return
         self.maxima.sync()

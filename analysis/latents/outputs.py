@@ -42,7 +42,9 @@ def write_outputs(
     nu_error, nu_recons = (values.numpy() for values in nu(total_LK, gram_LMM))
     scaling = Scaling(gram_LMM, (nu_error, nu_recons), nu_intervals(done.sums, gram_LMM, config.intervals).numpy())
     owner_L, fired_L = owners_of(done.activity, scaling, crosscoder, config.owner), done.activity.num_active > 0
-    rules = rules_csv(scaling.delta_norm_LMM, scaling.nu, fired_L, owner_L, crosscoder.models, config.owner)
+    is_dedicated_L = crosscoder.dedicated_owner.cpu().numpy() >= 0
+    by_rules = (scaling.delta_norm_LMM, scaling.nu, fired_L, owner_L, is_dedicated_L)
+    rules = rules_csv(*by_rules, crosscoder.models, config.owner)
     publish(folder / RULES, rules.encode())
     W_dec_LMD = crosscoder.W_dec.detach().unflatten(1, (crosscoder.num_models, crosscoder.d_model))
     random_error, random_recons = done.directions.nu(total_LK, W_dec_LMD, gram_LMM)

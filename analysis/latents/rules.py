@@ -1,9 +1,11 @@
 """How many latents each rule and threshold would give to a model: `rules.csv`.
 
-    delta_norm          the decoder norms alone (arXiv 2504.02922, its figure of relative norm differences)
-    nu                  nu_error and nu_reconstruction alone (arXiv 2509.18792), at several thresholds
-    delta_norm_and_nu   both
-    configured          what `latents.parquet` says, dedicated latents, sets of models, shared, other and dead included
+    delta_norm              the decoder norms alone (arXiv 2504.02922, its figure of relative norm differences)
+    nu                      nu_error and nu_reconstruction alone (arXiv 2509.18792), at several thresholds
+    delta_norm_and_nu       both
+    configured              what `latents.parquet` says, sets of models, shared, other and dead included; of a
+                            crosscoder with dedicated latents, that of the others
+    configured_dedicated    the same of dedicated latents, which are not asked for a Delta-norm
 
 By the first three a latent counts for a model if the rule holds towards every other model; by nu alone it may count for
 several. A latent that never fired counts for none.
@@ -32,6 +34,7 @@ def rules_csv(
     nu_LMM: tuple[np.ndarray, np.ndarray],
     fired_L: np.ndarray,
     owner_L: np.ndarray,
+    is_dedicated_L: np.ndarray,
     models: list[str],
     config: OwnerConfig,
 ) -> str:
@@ -53,10 +56,13 @@ def rules_csv(
         add(is_own_LM, "nu", "", "", *limits)
     for (norms, is_norm_LM), (limits, is_nu_LM) in product(by_norm.items(), by_nu.items()):
         add(is_norm_LM & is_nu_LM, "delta_norm_and_nu", *norms, *limits)
-    named = Counter(owner_L.tolist())
-    order = [*models, *sorted(named.keys() - {*models, *NOT_MODELS}), *NOT_MODELS]
-    thresholds = (*own, config.max_nu_error, config.max_nu_reconstruction)
-    rows += [("configured", *thresholds, owner, named[owner]) for owner in order]
+    named = [*models, *sorted({*owner_L.tolist()} - {*models, *NOT_MODELS}), *NOT_MODELS]
+    for rule, mask_L in (
+        (("configured", *own, config.max_nu_error, config.max_nu_reconstruction), ~is_dedicated_L),
+        (("configured_dedicated", "", "", config.max_nu_error, config.max_nu_reconstruction_dedicated), is_dedicated_L),
+    ):
+        counts = Counter(owner_L[mask_L].tolist())
+        rows += [(*rule, owner, counts[owner]) for owner in named if mask_L.any()]
     return _csv(rows)
 
 

@@ -7,16 +7,21 @@ axes, focus first.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from analysis.firings.firings import Codes
 
 # Values that one temporary may hold: few that a CPU's cache still holds when they are multiplied, many for a GPU.
 CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**25}
+# Values of a target that are summed at a time: what the tokens of a batch have in a few columns stays in a core's
+# cache, where each of many latents finds it; a GPU takes all columns.
+TILE_VALUES = {"cpu": 2**18, "cuda": sys.maxsize}
 # What is done beside with the sums of rows: their latents (u,), 0 for the error and 1 for the reconstruction, and
 # sum_t f_j target_t (u, M, D).
 Watch = Callable[[Tensor, int, Tensor], None]
@@ -65,12 +70,13 @@ class ScalingSums:
         self.sums_RK[:, 0].index_add_(0, codes.row_u, squares_u)
         num_models = error_BMD.shape[1]
         size = max(1, CHUNK_VALUES[error_BMD.device.type] // error_BMD[0].numel())
+        targets = [_tiles(target_BMD.flatten(1)) for target_BMD in (error_BMD, recons_BMD)]
         for first in range(0, len(codes.row_u), size):
             rows = slice(first, first + size)
             latent_u = codes.latent_u[rows]
-            focus_uDM = W_dec_LMD[latent_u].transpose(1, 2)
-            for target, target_BMD in enumerate((error_BMD, recons_BMD)):
-                sums_uMD = _sums_of(codes, rows, target_BMD.flatten(1)).unflatten(1, (num_models, -1))
+            focus_uDM = W_dec_LMD.index_select(0, latent_u).transpose(1, 2)
+            for target, tiles in enumerate(targets):
+                sums_uMD = _sums_of(codes, rows, tiles).unflatten(1, (num_models, -1))
                 dots_uMM = torch.bmm(sums_uMD, focus_uDM).transpose(1, 2)  # [u, focus, model]
                 columns = slice(1 + target * num_models**2, 1 + (target + 1) * num_models**2)
                 self.sums_RK[:, columns].index_add_(0, codes.row_u[rows], dots_uMM.flatten(1).double())
@@ -85,17 +91,20 @@ class ScalingSums:
         self.sums_RK.copy_(torch.from_numpy(arrays["sums"]))
 
 
-def _sums_of(codes: Codes, rows: slice, target_BK: Tensor) -> Tensor:
-    """sum_t f_j target_t (u, K) of some rows."""
+def _tiles(target_BK: Tensor) -> list[Tensor]:
+    """The columns in parts of about TILE_VALUES, each in memory of its own; by 16, as vector instructions take them."""
+    columns = TILE_VALUES[target_BK.device.type] // len(target_BK) // 16 * 16
+    return [tile.contiguous() for tile in target_BK.split(max(16, columns), dim=1)]
+
+
+def _sums_of(codes: Codes, rows: slice, tiles: list[Tensor]) -> Tensor:
+    """sum_t f_j target_t (u, K) of some rows; `tiles` are those of the target."""
     start_u1 = codes.start_u1[rows.start : rows.stop + 1]
     begin, end = int(start_u1[0]), int(start_u1[-1])
-    return torch.nn.functional.embedding_bag(
-        codes.token_n[begin:end].int(),
-        target_BK,
-        (start_u1[:-1] - begin).int(),
-        mode="sum",
-        per_sample_weights=codes.value_n[begin:end],
-    )
+    token_n, value_n = codes.token_n[begin:end].int(), codes.value_n[begin:end]
+    offset_u = (start_u1[:-1] - begin).int()
+    bags = (embedding_bag(token_n, tile, offset_u, mode="sum", per_sample_weights=value_n) for tile in tiles)
+    return torch.cat(list(bags), dim=1)
 
 
 def decoder_gram(W_dec_LMD: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from analysis.config import AnalysisConfig, AnalysisSettings
 from analysis.examples.database import EXAMPLES, write_examples
+from analysis.firings.config import check_groups
 from analysis.firings.reading import BLOCK_TOKENS, Reading
 from analysis.firings.token_kinds import read_kinds
 from analysis.latents.one_pass import LatentPass, state_folder
@@ -40,7 +41,9 @@ from analysis.latents.state import PassState, alone
 from extract.devices import choose_device
 from extract.errors import BadInput
 from extract.interrupts import stops_wait
-from extract.models import load_tokenizer
+from extract.stores import TokenStore
+from extract.tokenizer import study_tokenizer, tokenizer_sha256
+from extract.weights import differ
 from train.crosscoder import CONFIG_FILE, WEIGHTS_FILE, Crosscoder
 from train.data import ActivationPairs
 from train.folder import sha256_of
@@ -50,24 +53,24 @@ from train.runs import hookpoint_of
 OUTPUTS = (LATENTS, EXAMPLES, MAXIMA, NULLS, RULES, GROUPS)
 log = logging.getLogger(__name__)
 # Of the pass; another number begins states anew.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def write_latents(settings: AnalysisSettings, crosscoder_folder: Path, folder: Path) -> None:
     """Writes `OUTPUTS` into `folder`. A pass that was stopped or killed goes on from its last saved state; one that is
     finished is not done again.
 
-    Raises BadInput before the pass: for a store, crosscoder or tokenizer that is missing, and for a crosscoder of other
-    models, of another hookpoint or without a threshold, and while another process works on `folder`. KeyboardInterrupt
-    after a signal to stop, with the state saved.
+    Raises BadInput before the pass: for a store, crosscoder or tokenizer that is missing, tokens of another tokenizer,
+    a crosscoder of other models, of another hookpoint or without a threshold, and while another process works on
+    `folder`. KeyboardInterrupt after a signal to stop, with the state saved.
     """
     config = settings.analysis
     pairs = ActivationPairs.open(settings)
     crosscoder = Crosscoder.load(crosscoder_folder, str(choose_device(config.device, "analysis.device")))
     check_fit(crosscoder, pairs, hookpoint_of(settings), crosscoder_folder)
-    base = settings.place(pairs.models[0]).model
-    tokenizer = load_tokenizer(base, settings.models[base])
-    kinds = read_kinds(pairs.tokens, tokenizer.all_special_ids)
+    check_groups(config.intervals.groups, crosscoder.num_latents)
+    tokenizer = tokenizer_of(settings, pairs.tokens)
+    kinds = read_kinds(pairs.tokens, control_tokens(tokenizer))
     reading = Reading(pairs, kinds, config.batch_tokens, config.intervals.groups)
     gram_LMM = decoder_gram(crosscoder.W_dec.unflatten(1, (crosscoder.num_models, crosscoder.d_model)))
     masks = owned_and_sampled(crosscoder, gram_LMM, config)
@@ -85,11 +88,13 @@ def write_latents(settings: AnalysisSettings, crosscoder_folder: Path, folder: P
 def owned_and_sampled(
     crosscoder: Crosscoder, gram_LMM: Tensor, config: AnalysisConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Masks (L,) of the latents that one model may own by the weights, and of those that documents are drawn for."""
+    """Masks (L,) of the latents that some models, but not all, may own by the weights, and of those that documents are
+    drawn for.
+    """
     delta_norm_LMM = delta_norm(gram_LMM.diagonal(dim1=1, dim2=2).sqrt()).numpy()
     num_holders_L = holders(delta_norm_LMM, crosscoder.dedicated_owner.cpu().numpy(), config.owner).sum(axis=1)
     is_held_L = (num_holders_L > 0) & (num_holders_L < crosscoder.num_models)
-    return num_holders_L == 1, np.ones_like(is_held_L) if config.examples.sampled == "all" else is_held_L
+    return is_held_L, np.ones_like(is_held_L) if config.examples.sampled == "all" else is_held_L
 
 
 def run_pass(done: LatentPass, reading: Reading, save_minutes: float) -> None:
@@ -129,6 +134,27 @@ def identity_of(
     }
 
 
+def tokenizer_of(settings: AnalysisSettings, tokens: TokenStore) -> Any:
+    """The study's tokenizer. BadInput unless it made the tokens, as far as their manifest says: any other reads numbers
+    as other words.
+    """
+    tokenizer = study_tokenizer(settings)
+    made_with = tokens.manifest.settings.get("tokenizer_sha256")
+    if made_with not in (None, tokenizer_sha256(tokenizer)):
+        raise BadInput(
+            f"{tokens.folder} was made with another tokenizer or chat template than that of models "
+            f"({', '.join(f'{name}={model.id}' for name, model in settings.models.items())}). Give the models, and "
+            "corpus.chat_template if it was set, that the tokens were made with; or the store of these models: "
+            "store=PATH."
+        )
+    return tokenizer
+
+
+def control_tokens(tokenizer: Any) -> list[int]:
+    """The numbers of all special tokens, not only of those that have a role such as the end of a text."""
+    return [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+
+
 def decode_exactly(tokenizer: Any, token_ids: list[int]) -> str:
     """The text of tokens as it stands: special tokens shown, spaces left alone."""
     return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -137,8 +163,9 @@ def decode_exactly(tokenizer: Any, token_ids: list[int]) -> str:
 def check_fit(crosscoder: Crosscoder, pairs: ActivationPairs, hookpoint: str, crosscoder_folder: Path) -> None:
     """Raises BadInput for a store that the crosscoder cannot be of.
 
-    Warns of activations that differ from those of training on the same tokens: of models tuned again under their old
-    names, for instance, or only of another dtype. Whether a store of other tokens is of the same weights is not known.
+    Warns of activations that differ from those of training on the same tokens, where their weights are not known to
+    be others: they may be only of another dtype, or of models tuned again under their old names before crosscoders
+    recorded weights.
     """
     if crosscoder.models != pairs.models or crosscoder.d_model != pairs.d_model:
         raise BadInput(
@@ -149,6 +176,13 @@ def check_fit(crosscoder: Crosscoder, pairs: ActivationPairs, hookpoint: str, cr
         raise BadInput(
             f"{crosscoder_folder} was trained at {crosscoder.hookpoint}, the activations are of hookpoint={hookpoint}. "
             f"Set the hookpoint that it was trained at, or train another crosscoder."
+        )
+    trained_on = crosscoder.trained_with.get("weights", {})
+    strangers = [model for model, weights in pairs.weights.items() if differ(trained_on.get(model, {}), weights)]
+    if strangers:
+        raise BadInput(
+            f"{crosscoder_folder} was trained on other weights of {' and '.join(strangers)} than the store was made "
+            "with. Train the crosscoder again, or give the store of the weights that it was trained on: store=PATH."
         )
     if crosscoder.threshold is None:
         raise BadInput(f"{crosscoder_folder} has no threshold yet (crosscoder.threshold_start_step). Train further.")

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from analysis.llm.batches import Batches
-from analysis.llm.budget import Budget, BudgetSpent
+from analysis.llm.budget import Budget, not_asked
 from analysis.llm.client import connect
 from analysis.llm.config import LlmConfig
 from analysis.llm.costs import write_costs
@@ -20,39 +20,42 @@ from analysis.llm.estimating import check_budget, estimate
 from analysis.llm.ledger import Ledger
 from analysis.llm.preflight import check_batches, check_model
 from analysis.llm.prices import dollars
-from analysis.llm.questions import OUTCOMES, Answer, Question, Validate
+from analysis.llm.questions import Answer, Question, Validate
 from analysis.llm.sending import Sender
 from analysis.llm.settling import Settler, is_open, settle_stored
-from analysis.llm.stopping import Stop, finish
-
-__all__ = ["OUTCOMES", "Answer", "Question", "Validate", "ask"]
+from analysis.llm.stopping import Stop, Unasked, finish
 
 
 def ask(questions: Sequence[Question], validate: Validate, llm: LlmConfig, ledger: Ledger) -> list[Answer]:
     """The answers in the order of the questions, each with exactly one outcome.
 
     Asks what the ledger has no answer for, after a preflight of key, model and budget, and writes `costs.csv` beside
-    the ledger. Raises BadInput for what the preflight finds, and BudgetSpent (also a BadInput) when `max_usd` is
-    reached; what was answered by then, as before an interrupt, is kept.
+    the ledger. Raises BadInput for what the preflight finds. Where `max_usd` is reached on the way, or the server asks
+    to wait for hours, the questions that are left fail, and another run asks them.
     """
     ledger.add(questions)
-    missing = [question for question in unique(questions) if is_open(question, ledger, llm)]
-    total = len(missing)
-    settler = Settler(ledger, validate, llm, total)
+    asked = unique(questions)
+    missing = [question for question in asked if is_open(question, ledger, llm)]
+    settler = Settler(ledger, validate, llm, len(missing))
     missing = settle_stored(missing, settler, ledger)
     try:
         if missing:
             asyncio.run(_ask(missing, settler, llm, ledger))
-    except BudgetSpent as error:
-        raise BudgetSpent(
-            f"analysis.llm.max_usd ({dollars(llm.max_usd)}) does not allow another request: {error}. "
-            f"{settler.num_settled} of {total} questions were answered, and are kept. Raise it and run the same "
-            "command again: only the others are asked."
-        ) from error
+    except Unasked as error:
+        left = [question for question in missing if question.id not in settler.settled]
+        print(
+            f"{questions[0].kind}: {len(left)} of {len(asked)} questions were not asked and count as failed: {error} "
+            "The same command asks for what is missing.",
+            flush=True,
+        )
+        with ledger.grouped():
+            for question in left:
+                ledger.conclude(question, "failed", None, not_asked(error.reason))
     finally:
         write_costs(ledger)
-    answers = {question.id: ledger.answer(question) for question in unique(questions)}
+    answers = {question.id: ledger.answer(question) for question in asked}
     _report(list(answers.values()), questions)
+    _report_caching([answer for answer in answers.values() if answer.question in settler.settled], questions, llm)
     return [answers[question.id] for question in questions]
 
 
@@ -81,7 +84,7 @@ async def _ask(missing: list[Question], settler: Settler, llm: LlmConfig, ledger
                 flush=True,
             )
         found = await estimate(client, missing, llm, ledger)
-        check_budget(found, missing, llm, ledger.spent())
+        check_budget(found, missing, llm, ledger)
         budget = Budget(llm.max_usd, ledger.spent())
         way = (Batches if llm.mode == "batch" else Sender)(client, llm, ledger, settler, budget, stop)
         await finish(way.send(missing, found.worst), stop)
@@ -93,3 +96,19 @@ def _report(answers: list[Answer], questions: Sequence[Question]) -> None:
     others = [f"{count} {outcome} ({model})" for (model, outcome), count in counts.items() if outcome != "answered"]
     if others:
         print(f"{questions[0].kind}: {len(answers)} questions, of which {', '.join(others)}", flush=True)
+
+
+def _report_caching(answers: list[Answer], questions: Sequence[Question], llm: LlmConfig) -> None:
+    """One line for each model that is paid for and caches nothing of what its questions share."""
+    used: dict[str, list[dict[str, int]]] = {}
+    for answer in answers:
+        if answer.usd:
+            used.setdefault(answer.model, []).append(answer.usage)
+    for model, usages in used.items():
+        cached = sum(usage["cache_write_tokens"] + usage["cache_read_tokens"] for usage in usages)
+        if len(usages) > 1 and not cached:
+            print(
+                f"{questions[0].kind}: {model} cached nothing: what the {len(usages)} requests share is shorter than "
+                "the least that it caches",
+                flush=True,
+            )

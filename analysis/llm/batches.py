@@ -7,8 +7,8 @@ server's batches by its size, its time and the questions in its results. So no b
 
 from __future__ import annotations
 
-import itertools
 import json
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from anthropic import APIError, APIStatusError, AsyncAnthropic
 from anthropic.types.messages import MessageBatch
 
 from analysis.json_lines import json_text, lines_of
-from analysis.llm.budget import Budget, BudgetSpent
+from analysis.llm.budget import Budget
 from analysis.llm.client import Patience, fatal, is_passing, is_unsure, said, where
 from analysis.llm.config import LlmConfig
 from analysis.llm.ledger import Ledger, OpenBatch
@@ -24,19 +24,17 @@ from analysis.llm.messages import request_of
 from analysis.llm.prices import priced
 from analysis.llm.questions import Question
 from analysis.llm.settling import Settler
-from analysis.llm.stopping import Stop
+from analysis.llm.stopping import Halted, Stop
 from extract.errors import BadInput
 
-# The API takes 100,000 requests and 256 MB; a character has up to four bytes.
-MAX_REQUESTS, MAX_CHARACTERS = 10_000, 50_000_000
+# The API takes 100,000 requests and 256 MB.
+MAX_REQUESTS, MAX_BYTES = 10_000, 200_000_000
+# Seconds between lines that say what is waited for.
+SAY_S = 600.0
 # Seconds by which the clocks of the server and of this machine may differ.
 CLOCK_SKEW_S = 300.0
 
 Result = TypeVar("Result")
-
-
-class Halted(Exception):
-    """There is a reason to stop; a batch that was created goes on at the server."""
 
 
 class Batches:
@@ -63,19 +61,21 @@ class Batches:
         """Reads batches that earlier runs have created, and forgets those intended and not created.
 
         Those without any of `questions`, such as of an older prompt, are paid for, too: they are read if they have
-        ended, and count as spent at their worst until then.
+        ended, and count as spent at their worst until then. So do, unless this run creates batches, those whose names
+        were lost, while one that may be theirs goes on.
         """
         try:
             for batch in self._ledger.open_batches():
-                waits = not questions.isdisjoint(batch.attempts)
-                if not waits and not (batch.name and await self._has_ended(batch.name)):
+                names = [batch.name] if batch.name else await self._candidates(batch)
+                waits = not questions.isdisjoint(batch.attempts) and (batch.name or self._llm.mode == "batch")
+                if not waits and not all([await self._has_ended(name) for name in names]):
                     continue
-                name = batch.name or await self._find(batch)
+                name = batch.name or await self._find(batch, names)
                 if name is None:
                     self._ledger.end_batch(batch.number, "the batch was never created")
                 else:
                     print(f"batch {name} of an earlier run holds {len(batch.attempts)} questions", flush=True)
-                    await self._finish(batch.number, name)
+                    await self._finish(batch, name)
         except Halted:
             return
         except BadInput as error:
@@ -84,8 +84,8 @@ class Batches:
     async def _send(self, questions: list[Question], worst: dict[str, float]) -> None:
         while questions := [question for question in questions if not self._concluded(question)]:
             chosen = self._next(questions, worst)
-            number = self._ledger.intend_batch(chosen, worst)
-            await self._finish(number, await self._create(number, chosen))
+            batch = self._ledger.intend_batch(chosen, worst)
+            await self._finish(batch, await self._create(batch, chosen))
             self._budget.spent = self._ledger.spent()
 
     def _concluded(self, question: Question) -> bool:
@@ -107,52 +107,50 @@ class Batches:
         dollars, size = 0.0, 0
         for question in questions[:MAX_REQUESTS]:
             dollars += worst[question.id]
-            size += len(question.system) + len(question.prompt)
-            if chosen and size > MAX_CHARACTERS:
-                break
-            if not self._budget.allows(dollars):
+            size += question.num_bytes
+            if chosen and size > MAX_BYTES or not self._budget.allows(dollars):
                 break
             chosen.append(question)
         if not chosen:
-            cost, left = worst[questions[0].id], max(self._budget.left, 0)
-            raise BudgetSpent(f"the next request may cost up to ${cost:.4f}, and ${left:.4f} is left")
+            raise self._budget.spent_up(worst[questions[0].id])
         return chosen
 
-    async def _create(self, number: int, questions: list[Question]) -> str:
+    async def _create(self, batch: OpenBatch, questions: list[Question]) -> str:
         """The id of a new batch. After an error that may have come too late, the batch is looked for first."""
         requests: Any = [{"custom_id": each.id, "params": request_of(each, self._llm)} for each in questions]
-        for retries in itertools.count():
-            self._check_stop()
+        unsure = False
+
+        async def create() -> str:
+            nonlocal unsure
+            if unsure and (name := await self._find(batch, await self._candidates(batch))):
+                return name
             try:
                 created = await self._client.messages.batches.create(requests=requests)
-                break
             except APIError as error:
-                if not is_passing(error):
-                    self._ledger.end_batch(number, said(error))
-                    refusal = f"{where(self._llm)} refuses the batch: {said(error)}. Try analysis.llm.mode=sync."
-                    raise fatal(error, questions[0].model, self._llm) or BadInput(refusal) from error
-                if retries == self._llm.max_retries:
-                    raise self._gave_up(error) from error
-                await self._patience.back_off(error, retries)
-                if not is_unsure(error):
-                    continue
-            batch = next(batch for batch in self._ledger.open_batches() if batch.number == number)
-            if name := await self._find(batch):
-                return name
-        self._ledger.name_batch(number, created.id)
-        print(f"batch {created.id} created with {len(questions)} questions; it may take up to a day", flush=True)
-        return created.id
+                unsure = is_unsure(error)
+                raise
+            self._ledger.name_batch(batch.number, created.id)
+            print(f"batch {created.id} created with {len(questions)} questions; it may take up to a day", flush=True)
+            return created.id
 
-    async def _finish(self, number: int, name: str) -> None:
+        try:
+            return await self._patience.retried(create, self._llm.max_retries)
+        except APIError as error:
+            if is_passing(error):
+                raise self._gave_up(error) from error
+            self._ledger.end_batch(batch.number, said(error))
+            refusal = f"{where(self._llm)} refuses the batch: {said(error)}. Try analysis.llm.mode=sync."
+            raise fatal(error, questions[0].model, self._llm) or BadInput(refusal) from error
+
+    async def _finish(self, batch: OpenBatch, name: str) -> None:
         """Waits for a batch and reads its results into the ledger."""
-        attempts = next(batch.attempts for batch in self._ledger.open_batches() if batch.number == number)
         results = await self._results(name)
         with self._ledger.grouped():
             for question, result in results.items():
-                if question in attempts:
-                    self._enter(question, attempts[question], result)
-        self._ledger.end_batch(number)
-        for question in attempts.keys() - results.keys():
+                if question in batch.attempts:
+                    self._enter(question, batch.attempts[question], result)
+        self._ledger.end_batch(batch.number)
+        for question in batch.attempts.keys() - results.keys():
             self._errors.setdefault(question, []).append("the batch has no result for it")
 
     def _enter(self, question: str, attempt: int, result: dict[str, Any]) -> None:
@@ -176,6 +174,7 @@ class Batches:
 
     async def _results(self, name: str) -> dict[str, dict[str, Any]]:
         """Results by question id, once the batch has ended; none of a batch that the server no longer has."""
+        last_said = time.monotonic()
         while True:
             batch = await self._patiently(lambda: self._client.messages.batches.retrieve(name))
             if batch is None:
@@ -183,18 +182,21 @@ class Batches:
                 return {}
             if batch.processing_status == "ended":
                 break
+            if time.monotonic() - last_said >= SAY_S:
+                last_said = time.monotonic()
+                print(f"batch {name}: {batch.request_counts.processing} questions are not answered yet", flush=True)
             await self._stop.sleep(self._llm.poll_s)
-            self._check_stop(f"batch {name} goes on at the server; the same command reads it")
+            if self._stop.is_set:
+                print(f"batch {name} goes on at the server; the same command reads it", flush=True)
         path = f"/v1/messages/batches/{name}/results"
         text = await self._patiently(lambda: self._client.get(path, cast_to=str)) or ""
         entries = [json.loads(line) for line in lines_of(text)]
         return {entry["custom_id"]: entry["result"] for entry in entries}
 
-    async def _find(self, wanted: OpenBatch) -> str | None:
-        """The server's id of a batch whose creation was not confirmed, if it was created.
+    async def _candidates(self, wanted: OpenBatch) -> list[str]:
+        """Batches of the server that may be one whose creation was not confirmed, by size and time; ended ones first.
 
-        Only results name their questions; so candidates, which have the right size and time, are read, those that have
-        ended first.
+        Their sizes spare waiting for others: only results, which come at the end, name their questions.
         """
         known, found = self._ledger.known_batches(), []
         for batch in await self._patiently(self._recent(wanted.created - CLOCK_SKEW_S)) or []:
@@ -202,10 +204,16 @@ class Batches:
             size = counts.processing + counts.succeeded + counts.errored + counts.canceled + counts.expired
             if batch.id not in known and size == len(wanted.attempts):
                 found.append((batch.processing_status != "ended", batch.id))
-        for goes_on, name in sorted(found):
-            if goes_on:
+        return [name for _, name in sorted(found)]
+
+    async def _find(self, wanted: OpenBatch, names: list[str]) -> str | None:
+        """The one of these batches that holds the wanted questions, once it has ended."""
+        for name in names:
+            if not await self._has_ended(name):
                 print(
-                    f"batch {name} may hold {len(wanted.attempts)} questions of this study: waiting for it", flush=True
+                    f"batch {name} may hold {len(wanted.attempts)} questions of this study, which would be paid for "
+                    "twice: waiting for it to end, up to a day. analysis.llm.mode=sync does not wait",
+                    flush=True,
                 )
             if (await self._results(name)).keys() == wanted.attempts.keys():
                 self._ledger.name_batch(wanted.number, name)
@@ -225,23 +233,13 @@ class Batches:
 
     async def _patiently(self, call: Callable[[], Awaitable[Result]]) -> Result | None:
         """What a call that costs nothing returns, through retries; None for what the server does not have."""
-        for retries in itertools.count():
-            self._check_stop()
-            try:
-                return await call()
-            except APIError as error:
-                if isinstance(error, APIStatusError) and error.status_code == 404:
-                    return None
-                if not is_passing(error) or retries == self._llm.max_retries:
-                    raise self._gave_up(error) from error
-                await self._patience.back_off(error, retries)
-        raise AssertionError("counting does not end")
+        try:
+            return await self._patience.retried(call, self._llm.max_retries)
+        except APIError as error:
+            if isinstance(error, APIStatusError) and error.status_code == 404:
+                return None
+            raise self._gave_up(error) from error
 
     def _gave_up(self, error: APIError) -> BadInput:
         kept = "Run the same command again: it reads batches that were created before it creates others."
         return fatal(error, self._llm.model, self._llm) or BadInput(f"{where(self._llm)}: {said(error)}. {kept}")
-
-    def _check_stop(self, note: str = "") -> None:
-        if self._stop.is_set:
-            print(note, end="\n" if note else "", flush=True)
-            raise Halted

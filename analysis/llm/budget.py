@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 
-from extract.errors import BadInput
+from analysis.llm.prices import dollars
+from analysis.llm.stopping import Unasked
 
 # Sums of cents in floating point.
 TOLERANCE = 1e-9
 
 
-class BudgetSpent(BadInput):
-    """The next request could cost more than is left."""
+def reached(limit: float) -> str:
+    """Why what costs more than is left is not asked."""
+    return f"analysis.llm.max_usd ({dollars(limit)}) is reached"
+
+
+def not_asked(reason: str) -> str:
+    """The reason of a question that fails because no more is asked."""
+    return f"not asked: {reason}"
 
 
 class Budget:
@@ -33,13 +40,18 @@ class Budget:
         return usd <= 0 or usd <= self.left + TOLERANCE
 
     async def set_aside(self, usd: float) -> None:
-        """Waits until `usd` are left; BudgetSpent if they will not be, since nothing else is under way."""
+        """Waits until `usd` are left; raises `spent_up` if they will not be, since nothing else is under way."""
         while not self.allows(usd):
             if not self._aside:
-                raise BudgetSpent(f"the next request may cost up to ${usd:.4f}, and ${max(self.left, 0):.4f} is left")
+                raise self.spent_up(usd)
             self._returned.clear()
             await self._returned.wait()
         self._aside.append(usd)
+
+    def spent_up(self, usd: float) -> Unasked:
+        """What to tell the user where the next request may cost `usd`."""
+        left = dollars(max(self.left, 0))
+        return Unasked(reached(self.limit), f"Raise it: the next may cost up to {dollars(usd)}, and {left} is left.")
 
     def settle(self, usd: float, cost: float) -> None:
         """Gives back what was set aside for a request, which cost `cost` (0 if no response came)."""

@@ -13,11 +13,13 @@ from typing import TypeVar
 from anthropic import APIConnectionError, APIError, APIStatusError, APITimeoutError, AsyncAnthropic
 
 from analysis.llm.config import LlmConfig
-from analysis.llm.stopping import Stop
+from analysis.llm.stopping import Stop, Unasked
 from extract.errors import BadInput
 
 TOKEN_VARIABLE = "ANTHROPIC_AUTH_TOKEN"
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 60.0
+# Waits that the server asks for: what is said, and what is not waited for.
+SAID_S, TOO_LONG_S = 60.0, 600.0
 # What the next request would meet as well: no key, no money, no right, no such model.
 FATAL = (401, 402, 403, 404)
 # What the same request would meet again, and others need not.
@@ -145,14 +147,34 @@ class Patience:
         while not self._stop.is_set and (left := self._not_before - asyncio.get_running_loop().time()) > 0:
             await self._stop.sleep(left + random.uniform(0, 0.1))
 
-    async def back_off(self, error: APIError, retries: int) -> None:
-        """Waits as long as the server asks, else twice as long as before, with jitter."""
-        asked = retry_after(error)
-        if asked is not None:
-            self._not_before = max(self._not_before, asyncio.get_running_loop().time() + asked)
+    async def retried(self, call: Callable[[], Awaitable[Result]], most: int) -> Result:
+        """What `call` returns, sent again up to `most` times after errors that may pass; raises the last of them, and
+        Halted once there is a reason to stop.
+        """
+        retries = 0
+        while True:
             await self.turn()
-        else:
+            self._stop.check()
+            try:
+                return await call()
+            except APIError as error:
+                if retries >= most or not is_passing(error):
+                    raise
+                await self._back_off(error, retries)
+            retries += 1
+
+    async def _back_off(self, error: APIError, retries: int) -> None:
+        """Waits twice as long as before, with jitter, or as long as the server asks; Unasked if that is too long."""
+        asked, now = retry_after(error), asyncio.get_running_loop().time()
+        if asked is None:
             await self._stop.sleep(min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**retries) * random.uniform(0.75, 1))
+            return
+        wait = f"the server asks to wait {asked / 60:,.0f} min ({said(error)})"
+        if asked > TOO_LONG_S:
+            raise Unasked(wait, "Wait that long, or have the limits of the account raised.")
+        if asked > SAID_S and self._not_before <= now:
+            print(f"{wait}: waiting", flush=True)
+        self._not_before = max(self._not_before, now + asked)
 
 
 def unreachable(error: APIError, model: str, llm: LlmConfig) -> BadInput:
@@ -163,12 +185,4 @@ def unreachable(error: APIError, model: str, llm: LlmConfig) -> BadInput:
 
 async def patiently(call: Callable[[], Awaitable[Result]]) -> Result:
     """What a call that costs nothing returns, sent again a few times."""
-    patience = Patience(Stop())
-    for retries in range(FREE_RETRIES):
-        try:
-            return await call()
-        except APIError as error:
-            if not is_passing(error):
-                raise
-            await patience.back_off(error, retries)
-    return await call()
+    return await Patience(Stop()).retried(call, FREE_RETRIES)

@@ -48,7 +48,7 @@ class LlmConfig:
     poll_s: float = 30.0
     # Prices that are not built in or differ, {model: [input, output, cache write, cache read]} in dollars per million
     # tokens. Models at `base_url` without a price are free.
-    prices: dict[str, list[float]] = field(default_factory=dict)
+    prices: dict[str, list[Any]] = field(default_factory=dict)  # of float, Hydra would refuse whole numbers
 
     @property
     def models(self) -> list[str]:
@@ -85,8 +85,8 @@ def check_llm(llm: LlmConfig) -> None:
             "with each other, set analysis.llm.repeats."
         )
     for model, price in llm.prices.items():
-        if len(price) != 4 or not all(0 <= usd < math.inf for usd in price):
+        if len(price) != 4 or not all(isinstance(usd, int | float) and 0 <= usd < math.inf for usd in price):
             raise BadInput(
-                f"analysis.llm.prices.{model} ({price}) must be four numbers: dollars per million tokens of input, "
-                "output, cache write and cache read."
+                f"analysis.llm.prices: that of {model} ({price}) must be four numbers: dollars per million tokens of "
+                "input, output, cache write and cache read."
             )

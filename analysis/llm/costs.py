@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
-
-from analysis.llm.ledger import USAGE, Ledger
-from analysis.llm.questions import OUTCOMES
+from analysis.csv_files import csv_bytes
+from analysis.llm.ledger import COSTS, Ledger
 from extract.publish import publish
 
-COSTS = "costs.csv"
-COLUMNS = ("kind", "model", "requests", *OUTCOMES, *USAGE, "usd", "usd_unknown")
+FILE = "costs.csv"
 
 
 def write_costs(ledger: Ledger) -> None:
     """Publishes `costs.csv` beside the ledger. `requests` counts all attempts, also those without a response;
-    `usd_unknown` is the most that those of unknown fate may have cost.
+    `usd_unknown` is the most that those of unknown fate may have cost. Where nothing came of a kind of questions, as
+    without a key, it has no row.
     """
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, **{name: f"{row[name]:.6f}" for name in ("usd", "usd_unknown")}} for row in ledger.costs())
-    publish(ledger.path.with_name(COSTS), text.getvalue().encode())
+    asked = (row for row in ledger.costs() if any(row[2:]))
+    rows = ([*counts, f"{usd:.6f}", f"{unknown:.6f}"] for *counts, usd, unknown in asked)
+    publish(ledger.path.with_name(FILE), csv_bytes([COSTS, *rows]))

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 from collections.abc import Sequence
 
 from analysis.examples.database import Example
-from analysis.examples.wording import TEMPLATE
 
-# Brackets around firing tokens: the first pair that no document uses.
-MARKS = (("<<", ">>"), ("«", "»"), ("⟦", "⟧"), ("⟪", "⟫"), ("❰", "❱"))
-NO_MARK = "�"
-# Local servers read control tokens of chat templates wherever they stand: in documents they get other brackets.
+# Brackets around firing tokens: the first pair that no document uses, after these with numbers.
+MARKS = (("<<", ">>"), ("«", "»"))
+# Local servers read control tokens of chat templates wherever they stand: in documents they get other brackets. Which
+# model a server runs is not known here, so the forms of all known families count; tags of HTML do not.
+CONTROL = re.compile(
+    r"""<[|｜][^<>|｜\n]{1,64}[|｜]?> | <[^<>|｜\s]{1,64}[|｜]>  # <|im_start|> <|channel> <turn|> <｜User｜>
+    | <</?SYS>> | </?(?:s|bos|eos|pad|unk|mask|sop|eop|eoh|eom)>
+    | </?(?:BOS|EOS|PAD|UNK|MASK|EOD)(?:_TOKEN)?>
+    | </?(?:start|end)_of_[a-z]+>
+    | </?(?:think|tools?|tool_(?:call|calls|response|responses|result|output|code))>
+    | <(?:unused|reserved|extra_id|special)_?(?:token_)?\d+>
+    | <(?:fim|repo|file|seed)[_:][a-z_]+>
+    | \[/?(?:INST|SYSTEM_PROMPT|(?:AVAILABLE_)?TOOLS|TOOL_(?:CALLS|RESULTS|CONTENT)|ARGS|CALL_ID|THINK|gMASK|sMASK)\]
+    | \[\|[^\[\]|\n]{1,64}\|\] | \[UNUSED_TOKEN_\d+\]""",
+    re.VERBOSE | re.IGNORECASE,
+)
 BRACKETS = str.maketrans("<>[]", "⟨⟩⟦⟧")
 
 
@@ -22,7 +35,7 @@ def fenced(texts: Sequence[str], notes: Sequence[str] = ()) -> str:
     it would have to hold a hash of itself.
     """
     texts = [_inert(text) for text in texts]
-    key = _key(texts)
+    key = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     heads = [f" {note}" for note in notes] or [""] * len(texts)
     numbered = enumerate(zip(heads, texts, strict=True), start=1)
     return "\n".join(f"[begin {key} {number}]{head}\n{text}\n[end {key} {number}]" for number, (head, text) in numbered)
@@ -30,20 +43,14 @@ def fenced(texts: Sequence[str], notes: Sequence[str] = ()) -> str:
 
 def _inert(text: str) -> str:
     """A text without control tokens, and without halves of surrogate pairs, which no request can carry."""
-    return TEMPLATE.sub(lambda found: found[0].translate(BRACKETS), text).encode("utf-8", "replace").decode()
-
-
-def _key(texts: Sequence[str]) -> str:
-    key = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-    while any(key in text for text in texts):
-        key = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return key
+    return CONTROL.sub(lambda found: found[0].translate(BRACKETS), text).encode("utf-8", "replace").decode()
 
 
 def marks_for(examples: Sequence[Example]) -> tuple[str, str]:
-    """A pair of marks that none of the documents uses; where all are in use, `marked` takes the first out of them."""
+    """A pair of marks that none of the documents uses."""
     text = "".join("".join(example.tokens) for example in examples)
-    return next((pair for pair in MARKS if pair[0] not in text and pair[1] not in text), MARKS[0])
+    numbered = ((f"<{number}<", f">{number}>") for number in itertools.count(1))
+    return next(pair for pair in itertools.chain(MARKS, numbered) if not any(mark in text for mark in pair))
 
 
 def marked(example: Example, context_tokens: int, marks: tuple[str, str]) -> str:
@@ -53,7 +60,7 @@ def marked(example: Example, context_tokens: int, marks: tuple[str, str]) -> str
     """
     start, end = window(example, context_tokens)
     pieces, inside, carried = ["… "] if start > 0 else [], False, False
-    for position, token in enumerate(_without(marks, example.tokens[start:end]), start):
+    for position, token in enumerate(example.tokens[start:end], start):
         fires = carried or example.activations.get(position, 0.0) > 0
         carried = fires and not token
         if token and fires != inside:
@@ -63,15 +70,6 @@ def marked(example: Example, context_tokens: int, marks: tuple[str, str]) -> str
     pieces += [marks[1]] if inside else []
     pieces += [" …"] if end < len(example.tokens) else []
     return "".join(pieces)
-
-
-def _without(marks: tuple[str, str], tokens: Sequence[str]) -> Sequence[str]:
-    """Tokens without marks of their own."""
-    text = "".join(tokens)
-    for mark in marks:
-        if mark in text:
-            tokens = [token.replace(mark, NO_MARK) for token in tokens]
-    return tokens
 
 
 def window(example: Example, context_tokens: int) -> tuple[int, int]:

@@ -30,6 +30,9 @@ from analysis.llm.questions import OUTCOMES, Answer, Question
 from extract.errors import BadInput
 
 USAGE = ("input_tokens", "cache_read_tokens", "cache_write_tokens", "output_tokens")
+COSTS = ("kind", "model", "requests", *OUTCOMES, *USAGE, "usd", "usd_unknown")
+# Seconds between attempts to open what another process has.
+WAIT_S = 1.0
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS texts(sha256 TEXT PRIMARY KEY, text TEXT);
 CREATE TABLE IF NOT EXISTS questions(id TEXT PRIMARY KEY, kind TEXT, subject TEXT, repeat INTEGER, model TEXT,
@@ -72,7 +75,7 @@ class OpenBatch:
 
 
 class Ledger:
-    """`with Ledger(path) as ledger:` opens it for this process alone; BadInput while another has it."""
+    """`with Ledger(path) as ledger:` opens it for this process alone, and waits while another has it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,32 +84,35 @@ class Ledger:
 
     def __enter__(self) -> Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_open = self._open()
+        if not is_open:
+            print(
+                f"{self.path} is in use by another process that asks language models for this study: waiting for it, "
+                "since two would pay for the same answers",
+                flush=True,
+            )
+        while not is_open:
+            time.sleep(WAIT_S)
+            is_open = self._open()
+        return self
+
+    def _open(self) -> bool:
+        """Opens the database, unless another process has it."""
         self._database = sqlite3.connect(self.path, isolation_level=None, timeout=0)
         try:
             # Exclusive locking first: the write-ahead log then needs no shared memory, which network disks lack.
             self._database.executescript("PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL")
             self._database.executescript(f"PRAGMA synchronous = FULL; BEGIN IMMEDIATE; {SCHEMA} COMMIT")
-            self._add_columns()
         except sqlite3.OperationalError as error:
             self._database.close()
             if "locked" not in str(error):
                 raise
-            raise BadInput(
-                f"{self.path} is in use by another process that asks a language model for this study. Wait for it to "
-                "end: two would pay for the same answers."
-            ) from error
-        return self
+            return False
+        return True
 
     def __exit__(self, *_: object) -> None:
         self._database.execute("PRAGMA journal_mode = DELETE")  # one file again, for those who copy or read it
         self._database.close()
-
-    def _add_columns(self) -> None:
-        """Those that ledgers of earlier versions lack."""
-        there = {row[1] for row in self._database.execute("PRAGMA table_info(attempts)")}
-        for name, kind in (("usd_unknown", "REAL"), ("max_tokens", "INTEGER")):
-            if name not in there:
-                self._database.execute(f"ALTER TABLE attempts ADD COLUMN {name} {kind} DEFAULT 0")
 
     @contextmanager
     def grouped(self) -> Iterator[None]:
@@ -209,10 +215,10 @@ class Ledger:
         found = "SELECT 1 FROM attempts JOIN questions ON question = id WHERE kind = ? AND model = ? AND status = ?"
         return self._database.execute(f"{found} LIMIT 1", (kind, model, "response")).fetchone() is not None
 
-    def num_concluded(self, kind: str, model: str) -> int:
-        """Questions of a kind to a model that will not be asked again."""
-        statement = "SELECT count(*) FROM questions WHERE kind = ? AND model = ? AND outcome != 'failed'"
-        return int(self._database.execute(statement, (kind, model)).fetchone()[0])
+    def has_failed(self, reason: str) -> bool:
+        """Whether a question has failed for exactly that reason."""
+        found = "SELECT 1 FROM questions WHERE outcome = 'failed' AND reason = ? LIMIT 1"
+        return self._database.execute(found, (reason,)).fetchone() is not None
 
     def mean_output(self, kind: str, model: str) -> float | None:
         """Mean output tokens of the responses of a kind and model, if there are ten."""
@@ -231,15 +237,13 @@ class Ledger:
         usage = {name: sum(response.usage[name] for response in responses) for name in USAGE}
         return Answer(question.id, *found, question.model, usage, sum(response.usd for response in responses))
 
-    def intend_batch(self, questions: list[Question], worst: dict[str, float]) -> int:
-        """Enters that a batch of these questions is about to be created, and returns its number here. `worst` is the
-        most that each may cost, by id.
-        """
+    def intend_batch(self, questions: list[Question], worst: dict[str, float]) -> OpenBatch:
+        """Enters that a batch of these questions is about to be created. `worst` is the most that each may cost."""
         with self.grouped():
-            number = self._write("INSERT INTO batches(created) VALUES (?)", (time.time(),))
-            for question in questions:
-                self.begin(question, number, worst[question.id])
-        return number
+            now = time.time()
+            number = self._write("INSERT INTO batches(created) VALUES (?)", (now,))
+            attempts = {question.id: self.begin(question, number, worst[question.id]) for question in questions}
+        return OpenBatch(number, None, now, attempts)
 
     def name_batch(self, number: int, name: str) -> None:
         """Enters the id that the server gave a batch."""
@@ -258,9 +262,11 @@ class Ledger:
 
     def open_batches(self) -> list[OpenBatch]:
         """Batches that were intended or created and whose results have not been read."""
-        rows = self._database.execute("SELECT number, id, created FROM batches WHERE ended IS NULL ORDER BY number")
+        found = self._database.execute("SELECT number, id, created FROM batches WHERE ended IS NULL ORDER BY number")
+        sent = "SELECT question, number FROM attempts WHERE batch = ? AND status = 'sent'"
         return [
-            OpenBatch(number, name, created, self._attempts_of(number)) for number, name, created in rows.fetchall()
+            OpenBatch(number, name, created, dict(self._database.execute(sent, (number,)).fetchall()))
+            for number, name, created in found.fetchall()
         ]
 
     def model_of(self, question: str) -> str:
@@ -272,29 +278,16 @@ class Ledger:
         """Ids of all batches that were created for this study."""
         return {name for (name,) in self._database.execute("SELECT id FROM batches WHERE id IS NOT NULL")}
 
-    def _attempts_of(self, number: int) -> dict[str, int]:
-        rows = self._database.execute(
-            "SELECT question, number FROM attempts WHERE batch = ? AND status = 'sent'", (number,)
-        )
-        return dict(rows.fetchall())
-
-    def costs(self) -> list[dict[str, Any]]:
-        """What was asked of each model by kind, what became of it, and what it took."""
+    def costs(self) -> list[tuple[Any, ...]]:
+        """Rows of `COSTS`: what was asked of each model by kind, what became of it, and what it took."""
         outcomes = ", ".join(f"sum(outcome IS '{outcome}')" for outcome in OUTCOMES)
-        counted = self._database.execute(
-            f"SELECT kind, model, {outcomes} FROM questions GROUP BY kind, model ORDER BY kind, model"
+        sums = ", ".join(f"sum({name}) AS {name}" for name in (*USAGE, "usd", "usd_unknown"))
+        taken = ", ".join(f"coalesce({name}, 0)" for name in (*USAGE, "usd", "usd_unknown"))
+        return self._database.execute(
+            f"SELECT kind, model, coalesce(requests, 0), {outcomes}, {taken} FROM questions LEFT JOIN (SELECT kind, "
+            f"model, count(*) AS requests, {sums} FROM attempts JOIN questions ON question = id GROUP BY kind, model) "
+            "USING (kind, model) GROUP BY kind, model ORDER BY kind, model"
         ).fetchall()
-        sums = ", ".join(f"sum({name})" for name in (*USAGE, "usd", "usd_unknown"))
-        used = {
-            row[:2]: row[2:]
-            for row in self._database.execute(
-                f"SELECT kind, model, count(*), {sums} FROM attempts JOIN questions ON question = id "
-                "GROUP BY kind, model"
-            )
-        }
-        nothing = (0,) * (len(USAGE) + 3)
-        names = ("kind", "model", *OUTCOMES, "requests", *USAGE, "usd", "usd_unknown")
-        return [dict(zip(names, (*row, *used.get(row[:2], nothing)), strict=True)) for row in counted]
 
 
 def _row(question: Question) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 from analysis.llm.config import LlmConfig
 from analysis.llm.ledger import Response
@@ -23,15 +23,18 @@ class Price:
     cache_write: float
     cache_read: float
 
-    def of(self, usage: dict[str, int], batch: bool) -> float:
+    def of(self, usage: dict[str, int]) -> float:
         """Dollars of the tokens that a response says it used."""
-        dollars = (
-            usage["input_tokens"] * self.input
-            + usage["output_tokens"] * self.output
-            + usage["cache_write_tokens"] * self.cache_write
-            + usage["cache_read_tokens"] * self.cache_read
-        ) / MILLION
-        return dollars * (BATCH_FACTOR if batch else 1.0)
+        cached = usage["cache_write_tokens"] * self.cache_write + usage["cache_read_tokens"] * self.cache_read
+        return self.expected(usage["input_tokens"], usage["output_tokens"]) + cached / MILLION
+
+    def expected(self, input_tokens: float, output_tokens: float) -> float:
+        """Dollars where nothing is cached."""
+        return (input_tokens * self.input + output_tokens * self.output) / MILLION
+
+    def worst(self, input_tokens: float, output_tokens: float) -> float:
+        """Dollars where all of the input is written to the cache, if that is dearer."""
+        return replace(self, input=max(self.input, self.cache_write)).expected(input_tokens, output_tokens)
 
 
 # List prices of November 2026 (https://platform.claude.com/docs/en/about-claude/pricing); cache writes live 5 minutes.
@@ -48,12 +51,14 @@ FREE = Price(0.0, 0.0, 0.0, 0.0)
 
 
 def dollars(usd: float) -> str:
-    """An amount for people: cents, or hundredths of cents where it is less than a dollar."""
-    return f"${usd:.2f}" if usd >= 1 or usd == 0 else f"${usd:.4f}"
+    """An amount for people: cents, or hundredths of cents where less than a dollar has such."""
+    return f"${usd:.2f}" if usd >= 1 or usd == round(usd, 2) else f"${usd:.4f}"
 
 
-def price_of(model: str, llm: LlmConfig) -> Price:
-    """The price of a model by the settings, else the built-in one; BadInput if there is none."""
+def price_of(model: str, llm: LlmConfig, batch: bool = False) -> Price:
+    """The price of a model by the settings, else the built-in one, in a batch or not; BadInput if there is none."""
+    if batch:
+        return Price(*(BATCH_FACTOR * usd for usd in astuple(price_of(model, llm))))
     if model in llm.prices:
         return Price(*llm.prices[model])
     if llm.base_url:
@@ -61,8 +66,8 @@ def price_of(model: str, llm: LlmConfig) -> Price:
     if model not in PRICES:
         raise BadInput(
             f"No price of the model {model} is known, so that analysis.llm.max_usd ({llm.max_usd}) cannot be kept. Add "
-            f"+analysis.llm.prices.{model}=[INPUT,OUTPUT,CACHE_WRITE,CACHE_READ] in dollars per million tokens; "
-            f"built in are those of {', '.join(PRICES)}."
+            f"'+analysis.llm.prices={{{model}:[INPUT,OUTPUT,CACHE_WRITE,CACHE_READ]}}' in dollars per million "
+            f"tokens; built in are those of {', '.join(PRICES)}."
         )
     return PRICES[model]
 
@@ -70,4 +75,4 @@ def price_of(model: str, llm: LlmConfig) -> Price:
 def priced(text: str, model: str, llm: LlmConfig, batch: bool) -> Response:
     """A raw response with what it used and cost."""
     message, usage = usage_of(text)
-    return Response(text, message, usage, price_of(model, llm).of(usage, batch))
+    return Response(text, message, usage, price_of(model, llm, batch).of(usage))

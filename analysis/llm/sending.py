@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import deque
 from collections.abc import Sequence
 
-from anthropic import APIError, AsyncAnthropic
+from anthropic import APIError, APITimeoutError, AsyncAnthropic
 
 from analysis.llm.budget import Budget
 from analysis.llm.client import Patience, fatal, is_final, is_passing, may_be_charged, said, where
@@ -17,17 +16,15 @@ from analysis.llm.messages import request_of
 from analysis.llm.prices import priced
 from analysis.llm.questions import Question
 from analysis.llm.settling import Settler
-from analysis.llm.stopping import Stop
+from analysis.llm.stopping import Halted, Stop
 from extract.errors import BadInput
 
 # Questions that the server finds wrong before anything was answered: then the fault is not theirs.
 MAX_REJECTED = 3
+# Timeouts in a row, for each request that may be under way: then the next one will time out, too.
+TIMEOUTS_EACH = 2
 # Much less than a request takes.
 COMMIT_EVERY_S = 0.002
-
-
-class Halted(Exception):
-    """There is a reason to stop, and this question is left for another run."""
 
 
 class Commits:
@@ -63,7 +60,7 @@ class Sender:
         self._client, self._llm, self._ledger, self._settler = client, llm, ledger, settler
         self._budget, self._stop, self._patience = budget, stop, Patience(stop)
         self._commits = Commits(ledger, stop)
-        self._rejected = 0
+        self._rejected = self._timeouts = 0
         # Of questions with one prefix the first is asked alone: the others then find it in the cache.
         self._cached: dict[tuple[str, str], asyncio.Event] = {}
 
@@ -103,47 +100,48 @@ class Sender:
 
     async def _respond(self, question: Question, worst: float) -> bool:
         """Brings one response into the ledger, through all retries; or concludes the question without, and is False."""
-        for retries in itertools.count():
-            await self._patience.turn()
-            error = await self._attempt(question, worst)
-            if error is None:
-                return True
-            if not is_passing(error):
+        try:
+            await self._patience.retried(lambda: self._attempt(question, worst), self._llm.max_retries)
+        except APIError as error:
+            if is_passing(error):
+                attempts = self._llm.max_retries + 1
+                self._settler.fail(question, f"{said(error)}, the last of {attempts} attempts")
+            else:
                 self._reject(question, error)
-                return False
-            if retries == self._llm.max_retries:
-                self._settler.fail(question, f"{said(error)}, the last of {retries + 1} attempts")
-                return False
-            await self._patience.back_off(error, retries)
-        raise AssertionError("counting does not end")
+            return False
+        return True
 
-    async def _attempt(self, question: Question, worst: float) -> APIError | None:
+    async def _attempt(self, question: Question, worst: float) -> None:
         """One request, which is in the ledger before it is sent; its response is soon after it came."""
         await self._budget.set_aside(worst)
         cost = 0.0
         try:
-            self._check_stop()
+            self._stop.check()
             attempt = self._ledger.begin(question, worst=worst)
             await self._commits.soon().wait()
-            self._check_stop(attempt)
             raw = await self._client.messages.with_raw_response.create(**request_of(question, self._llm))
             response = priced(await raw.text(), question.model, self._llm, batch=False)
             cost = response.usd
             self._ledger.complete(attempt, response)
+            self._timeouts = 0
         except APIError as error:
             cost = worst if may_be_charged(error) else 0.0
             self._ledger.fail(attempt, said(error), charged=cost > 0)
-            return error
+            self._count_timeouts(error)
+            raise
         finally:
             self._budget.settle(worst, cost)
             self._commits.soon()
-        return None
 
-    def _check_stop(self, attempt: int | None = None) -> None:
-        if self._stop.is_set:
-            if attempt is not None:
-                self._ledger.fail(attempt, "not sent")
-            raise Halted
+    def _count_timeouts(self, error: APIError) -> None:
+        """BadInput after many timeouts in a row: each may be charged for, and so may all that follow."""
+        self._timeouts = self._timeouts + 1 if isinstance(error, APITimeoutError) else 0
+        if self._timeouts > TIMEOUTS_EACH * self._llm.concurrency:
+            raise BadInput(
+                f"{self._timeouts} requests in a row had no answer within analysis.llm.timeout_s "
+                f"({self._llm.timeout_s:g}). What they may have cost counts as spent (usd_unknown in costs.csv). Raise "
+                f"it, or see whether {where(self._llm)} is at work; what was answered is kept."
+            )
 
     def _reject(self, question: Question, error: APIError) -> None:
         """Concludes a question that cannot be asked; BadInput if none can.

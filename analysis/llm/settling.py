@@ -22,7 +22,8 @@ class Settler:
         self._ledger, self._validate, self._llm = ledger, validate, llm
         self._total, self._started = total, time.monotonic()
         self._said = self._started
-        self.num_settled = 0
+        # Ids of the questions that have got their outcome.
+        self.settled: set[str] = set()
 
     def settle(self, question: Question) -> bool:
         """Concludes a question if what came counts: an answer or a refusal, or as many attempts as are allowed."""
@@ -44,13 +45,13 @@ class Settler:
 
     def _conclude(self, question: Question, outcome: str, value: dict | None, reason: str) -> None:
         self._ledger.conclude(question, outcome, value, reason)
-        self.num_settled += 1
+        self.settled.add(question.id)
         now = time.monotonic()
         if now - self._said >= EVERY_S:
             self._said = now
-            left = (now - self._started) * (self._total - self.num_settled) / self.num_settled
+            left = (now - self._started) * (self._total - len(self.settled)) / len(self.settled)
             print(
-                f"{question.kind}: {self.num_settled} of {self._total} questions, "
+                f"{question.kind}: {len(self.settled)} of {self._total} questions, "
                 f"{dollars(self._ledger.spent())} in all, {left / 60:.0f} min left",
                 flush=True,
             )

@@ -9,9 +9,23 @@ import threading
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
+from extract.errors import BadInput
+
 # Schedulers kill a job about half a minute after they signal it.
 GRACE_S = 20.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Halted(Exception):
+    """There is a reason to stop: what is left is for another run, and batches go on at the server."""
+
+
+class Unasked(BadInput):
+    """No more is asked in this run: what is left counts as failed for that reason, and another run asks it."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}. {remedy}")
+        self.reason = reason
 
 
 class Stop:
@@ -30,6 +44,11 @@ class Stop:
     @property
     def is_set(self) -> bool:
         return self._event.is_set()
+
+    def check(self) -> None:
+        """Raises Halted once there is a reason."""
+        if self.is_set:
+            raise Halted
 
     async def wait(self) -> None:
         """Until there is a reason."""

@@ -6,6 +6,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.latents.columns import AND, members_of
 from analysis.tables import Table, bounded
 from extract.config import split_member
 
@@ -16,7 +17,7 @@ VERDICTS = {
     ADDED: "a latent of this model predicts it (what was tuned in is not known to the report)",
     MISSED: "known to have been tuned into this model alone, but no latent of its own predicts it well enough",
     SHARED: "known to have been tuned into this model and another of its crosscoder; a latent of this model alone "
-    "predicts it, so the models learned it differently",
+    "predicts it, perhaps because the models learned it in different ways",
     WRONG: "a latent of this model predicts it, although it was not tuned into this model",
     UNTUNED: "a latent that only this model has, which was taught nothing, predicts it: tuning did not add it",
     ABSENT: "tuning does not set the model apart by it, and rightly nothing was found",
@@ -26,7 +27,10 @@ VERDICTS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of `tags.csv` with its pair and verdict. `latent` is None, and measures nan, without any candidate."""
+    """One row of `tags.csv` with its pair and verdict. `latent` is None, and measures nan, without any candidate.
+
+    `certain` says that the interval of F1 does not hold the threshold of what counts as found.
+    """
 
     pair: str
     tag: str
@@ -44,6 +48,7 @@ class Measured:
     num_positive_prompts: int
     num_negative_prompts: int
     found: bool
+    certain: bool
     verdict: str
 
     @property
@@ -61,13 +66,17 @@ class Column:
     owner: str
 
 
-def read_measured(folder: Path, models: list[str], planted: dict[str, list[str]]) -> list[Measured]:
-    """The rows of `tags.csv`; `planted` names the models that a behaviour is known to have been tuned into."""
+def read_measured(folder: Path, models: list[str], planted: dict[str, list[str]], min_f1: float) -> list[Measured]:
+    """The rows of `tags.csv`; `planted` names the models that a behaviour is known to have been tuned into, `min_f1` is
+    the threshold of what counts as found.
+    """
     with (folder / "tags.csv").open(encoding="utf-8", newline="") as file:
-        return [_measured(folder.name, row, models, planted) for row in csv.DictReader(file)]
+        return [_measured(folder.name, row, models, planted, min_f1) for row in csv.DictReader(file)]
 
 
-def _measured(pair: str, row: dict[str, str], models: list[str], planted: dict[str, list[str]]) -> Measured:
+def _measured(
+    pair: str, row: dict[str, str], models: list[str], planted: dict[str, list[str]], min_f1: float
+) -> Measured:
     found = row["found"] == "True"
     return Measured(
         pair=pair,
@@ -86,12 +95,13 @@ def _measured(pair: str, row: dict[str, str], models: list[str], planted: dict[s
         num_positive_prompts=int(row["num_positive_prompts"]),
         num_negative_prompts=int(row["num_negative_prompts"]),
         found=found,
+        certain=not float(row["f1_low"]) < min_f1 <= float(row["f1_high"]),
         verdict=verdict(found, row["value"], row["owner"], models, planted),
     )
 
 
 def verdict(found: bool, value: str, owner: str, models: list[str], planted: dict[str, list[str]]) -> str:
-    """What a row means, by what is known of the tuning.
+    """What a row means, by what is known of the tuning. Of an owner that is several models, all were taught together.
 
     A behaviour of several models of a pair need not have a latent of one alone; if it has, that model learned it in a
     way of its own, which is no misattribution.
@@ -99,13 +109,15 @@ def verdict(found: bool, value: str, owner: str, models: list[str], planted: dic
     if value not in planted:
         return ADDED if found else NOT_FOUND
     taught = [member for member in models if split_member(member)[0] in planted[value]]
-    if taught == [owner]:
+    owners = members_of(owner, models)
+    if taught == owners:
         return FOUND if found else MISSED
     if not found:
         return ABSENT
-    if owner in taught:
+    if set(owners) < set(taught):
         return SHARED
-    return WRONG if any(split_member(owner)[0] in carriers for carriers in planted.values()) else UNTUNED
+    carriers = {carrier for names in planted.values() for carrier in names}
+    return WRONG if any(split_member(member)[0] in carriers for member in owners) else UNTUNED
 
 
 def columns_of(pairs: dict[str, list[str]]) -> list[Column]:
@@ -128,8 +140,7 @@ def _answer(column: Column, rows: list[Measured]) -> str:
     of = f" of {sum(row.verdict in (FOUND, MISSED) for row in rows)} planted" if known else ""
     named = _named(sorted(found, key=lambda row: -row.f1))
     parts = [f"{len(found)}{of} behaviours have a latent of {column.owner} alone" + (f": {named}" if found else "")]
-    missed = ", ".join(spoken(row.value) for row in rows if row.verdict == MISSED)
-    shared, wrong = (_named([row for row in rows if row.verdict == verdict]) for verdict in (SHARED, WRONG))
+    missed, shared, wrong = (_named([r for r in rows if r.verdict == verdict]) for verdict in (MISSED, SHARED, WRONG))
     parts += [f"missed: {missed}"] if missed else []
     parts += [f"shared behaviours with a latent of {column.owner} alone: {shared}"] if shared else []
     parts += [f"wrong-model attributions: {wrong or 'none'}"] if known else []
@@ -137,13 +148,20 @@ def _answer(column: Column, rows: list[Measured]) -> str:
 
 
 def _named(rows: list[Measured]) -> str:
-    return ", ".join(f"{spoken(row.value)} (F1 {bounded(row.f1)})" for row in rows)
+    return ", ".join(
+        f"{spoken(row.value)} (F1 {bounded(row.f1)}{'' if row.certain else ', not certain'})" for row in rows
+    )
 
 
 def misplaced_in_base(measured: list[Measured], columns: list[Column]) -> list[Measured]:
     """Behaviours that a latent of the untuned model predicts well: not something that tuning added."""
     shown = {(column.pair, column.owner) for column in columns}
-    return [row for row in measured if row.found and (row.pair, row.owner) not in shown]
+    return [row for row in measured if row.found and AND not in row.owner and (row.pair, row.owner) not in shown]
+
+
+def of_several(measured: list[Measured]) -> list[Measured]:
+    """Behaviours that a latent of several models, but not all, predicts well."""
+    return [row for row in measured if row.found and AND in row.owner]
 
 
 def spoken(value: str) -> str:
@@ -154,7 +172,8 @@ def spoken(value: str) -> str:
 def table_of(measured: list[Measured]) -> Table:
     """All measured behaviours, base models included."""
     columns = ["pair", "tag", "value", "owner", "latent", "f1", "f1_low", "f1_high", "auroc", "auroc_low", "auroc_high"]
-    columns += ["num_positive", "num_negative", "num_positive_prompts", "num_negative_prompts", "found", "verdict"]
+    columns += ["num_positive", "num_negative", "num_positive_prompts", "num_negative_prompts"]
+    columns += ["found", "certain", "verdict"]
     return Table(
         name="behaviours",
         caption="How well the best latent of each model predicts a behaviour, on prompts that it was not chosen on; n: "

@@ -19,8 +19,8 @@ from analysis.config import NOT_MODELS, OwnerConfig, ReportConfig
 from analysis.examples.database import reading
 from analysis.examples.excerpts import Shown, shown_of
 from analysis.human import HumanLabel, read_labels
+from analysis.latents.certainty import UNKNOWN, certainty_of
 from analysis.latents.columns import delta_norm_of, members_of, models_of, nu_column, nu_of, owners_in_order
-from analysis.report.certainty import UNKNOWN, certainty_of
 from analysis.report.optional_files import read_optional
 from analysis.taxonomy.categories import PLACED, Placed, read_categories
 
@@ -54,7 +54,8 @@ class Card:
 
     `anchor` is its id in the page. `outcome` says what became of its description; `category` and `group` (its class)
     are empty if it has none. `shares` are parts of its firing tokens: of templates, of a role, of a source. `twins` are
-    its near-duplicates. `certainty` says whether a threshold of nu lies within an interval.
+    its near-duplicates. `num_documents` is in how many it fires, None if that was not counted. `certainty` says whether
+    a threshold of nu lies within an interval.
     """
 
     anchor: str
@@ -77,6 +78,7 @@ class Card:
     nu_error_range: tuple[float, float] | None
     nu_reconstruction_range: tuple[float, float] | None
     frequency: float
+    num_documents: int | None
     max_activation: float
     dedicated: bool
     histogram: Histogram | None
@@ -195,6 +197,7 @@ def _card(pair: str, row: Row, models: list[str], beside: _Beside, documents: li
         nu_error_range=nu_range("nu_error", row, models),
         nu_reconstruction_range=nu_range("nu_reconstruction", row, models),
         frequency=row["frequency"],
+        num_documents=row.get("num_documents"),
         max_activation=row["max_activation"],
         dedicated=bool(row["dedicated"]),
         histogram=histogram_of(row.get(HISTOGRAM), beside.edges),

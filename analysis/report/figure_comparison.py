@@ -52,7 +52,7 @@ def _name(change: Change) -> str:
 
 def forest_caption(comparison: Comparison) -> str:
     """What the forest plot shows and what it does not."""
-    a, b, level = comparison.model_a, comparison.model_b, percent(comparison.confidence, 0)
+    a, b, level = comparison.model_a, comparison.model_b, percent(comparison.config.confidence, 0)
     claimed = sum(change.may_be_claimed for change in comparison.changes)
     return (
         f"Own latents of {a} and {b} by {comparison.level}, with the counts {a} | {b}. Left, shares with {level} "

@@ -25,7 +25,7 @@ LOSSES = ["#4d4d4d", "#8a8a8a", "#6b6b6b", "#a8a8a8", "#333333"]
 # Captions, which say what a reader of the figure alone has to know.
 FLOW_CAPTION = (
     "Latents of each model from the selection to a category: at each stage those that went on in the model's colour, "
-    "then those in `other` and those that were lost, named behind the bar with their outcome."
+    "then those in “other” and those that were lost, named behind the bar with their outcome."
 )
 SCORES_CAPTION = (
     "Balanced accuracy of telling documents in which a latent fires from others by its description alone, mean over "

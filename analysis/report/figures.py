@@ -1,7 +1,7 @@
 """Figures for papers: journal width, colour-blind safe (Okabe & Ito), one colour per model throughout.
 
 Figures of one or two columns of a journal page (89 or 183 mm) with text of 7 and 8 points, embedded as TrueType.
-`draw` publishes a figure as PDF and PNG and gives it to the page as SVG. Besides: the curves of a training.
+`draw` publishes a figure as PDF and PNG and gives it to the page as SVG.
 """
 
 from __future__ import annotations
@@ -50,8 +50,6 @@ SCREEN_DPI = 120
 # The same figure twice gives the same bytes.
 NO_DATE: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
 
-Metrics = list[dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class Drawn:
@@ -82,44 +80,6 @@ def brief(name: str, length: int = 14) -> str:
     return f"{name[: length - end - 1]}…{name[-end:]}"
 
 
-TRAINING = (
-    "Left, training loss of each step, all terms. Right, share of the variance of each model's activations that the "
-    "crosscoder explains: training tokens faint, held-out documents strong, the last held-out value in the legend."
-)
-
-
-def training_curves(metrics: Metrics, models: list[str], colours: dict[str, str]) -> Figure:
-    """The whole loss of the training steps, and variance explained: training faint, held-out documents strong."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.2), layout="constrained")
-        loss, explained = figure.subplots(1, 2)
-        loss.plot(*series(metrics, "train/loss"), color=INK)
-        loss.set(title="Training loss, all terms", xlabel="step")
-        for model in models:
-            name = f"variance_explained/{model}"
-            explained.plot(*series(metrics, f"train/{name}"), color=colours[model], alpha=0.3, linewidth=0.8)
-            held_out = series(metrics, f"val/{name}")
-            last = f"  {held_out[1][-1]:.3f}" if len(held_out[1]) else ""
-            explained.plot(
-                *held_out, color=colours[model], marker="o", markersize=2.5, label=f"{brief(model, 30)}{last}"
-            )
-        explained.set(title="Variance explained (held-out strong, training faint)", xlabel="step")
-        low = min(
-            (value for model in models for value in series(metrics, f"val/variance_explained/{model}")[1]), default=0.0
-        )
-        explained.set_ylim(max(min(0.0, low), -0.2), 1)
-        explained.legend(loc="lower right")
-        for axes in (loss, explained):
-            axes.set_xlim(left=0)
-        return figure
-
-
-def series(metrics: Metrics, name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one logged number; steps without it, or where it was not finite, are left out."""
-    points = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
-
-
 def draw(figure: Figure, folder: Path, name: str, sources: list[str], caption: str) -> Drawn:
     """Save a figure for papers and its caption in the folder `figures` of a report and return it for the page."""
     save(figure, folder / "figures", name)
@@ -128,9 +88,9 @@ def draw(figure: Figure, folder: Path, name: str, sources: list[str], caption: s
     return Drawn(name, "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode(), width, sources, caption)
 
 
-def save(figure: Figure, folder: Path, name: str, kinds: tuple[str, ...] = ("pdf", "png")) -> None:
+def save(figure: Figure, folder: Path, name: str) -> None:
     """Publish `<name>.pdf` and `<name>.png` (300 dpi) in `folder`."""
-    for kind in kinds:
+    for kind in ("pdf", "png"):
         with matplotlib.rc_context(STYLE), publishing(folder / f"{name}.{kind}") as file:
             figure.savefig(file, format=kind, dpi=300, metadata=NO_DATE[kind])
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from analysis.config import OwnerConfig
+from analysis.latents.certainty import delta_distance, is_candidate, max_reconstruction
 from analysis.latents.columns import delta_norm_of, nu_of
 
 Row = dict[str, Any]
@@ -48,26 +48,9 @@ def nearest_to(focus: str, rows: list[Row], models: list[str], owner: OwnerConfi
 def _distance(row: Row, models: list[str], focus: str, owner: OwnerConfig) -> tuple[bool, float]:
     """Latents whose Delta-norm would do come first, by how far nu misses; then the others by Delta-norm."""
     if not is_candidate(row, models, focus, owner):
-        return True, _delta_distance(row, models, focus)
+        return True, delta_distance(row, models, focus)
     error, reconstruction = nu_of(row, models, focus)
     return False, max(abs(error) / owner.max_nu_error, abs(reconstruction) / max_reconstruction(row, owner))
-
-
-def _delta_distance(row: Mapping[str, Any], models: list[str], focus: str) -> float:
-    """0 for a latent that only `focus` has a decoder row of, 1 for one that it has none of."""
-    delta = delta_norm_of(row, models, focus)
-    return delta if focus == models[0] else 1 - delta
-
-
-def is_candidate(row: Mapping[str, Any], models: list[str], focus: str, owner: OwnerConfig) -> bool:
-    """Whether the decoder norms allow `focus` to own the latent."""
-    limit = owner.delta_norm_low if focus == models[0] else 1 - owner.delta_norm_high
-    return _delta_distance(row, models, focus) < limit
-
-
-def max_reconstruction(row: Mapping[str, Any], owner: OwnerConfig) -> float:
-    """The threshold of |nu_reconstruction| that holds for the latent."""
-    return owner.max_nu_reconstruction_dedicated if row["dedicated"] else owner.max_nu_reconstruction
 
 
 def _obstacle(row: Row, models: list[str], focus: str, owner: OwnerConfig) -> str:

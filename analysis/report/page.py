@@ -53,8 +53,8 @@ def render(settings: AnalysisSettings, pairs: list[Pair], context: dict[str, Any
         "split_member": split_member,
         "colours": {owner: figures.INK for pair in pairs for owner in pair.num_own} | colours,
         "annotator": "; ".join(sorted({card.annotator for card in cards})) or "none",
-        "files_of": lambda name: _braced("../analysis", [pair.name for pair in pairs], name),
-        "runs_of": lambda name: _braced("../runs", [pair.name for pair in pairs if pair.curves], name),
+        "files_of": lambda name: [f"../analysis/{pair.name}/{name}" for pair in pairs],
+        "runs_of": lambda name: [f"../runs/{pair.name}/{name}" for pair in pairs if pair.curves],
         "provenance": provenance(),
         "script": Markup(script),
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -88,13 +88,6 @@ def in_order(pairs: list[Pair]) -> list[Card]:
     return sorted(cards, key=lambda c: (c.owner == bases[c.pair], abs(c.nu_error) + abs(c.nu_reconstruction)))
 
 
-def _braced(folder: str, pairs: list[str], name: str) -> list[str]:
-    """The same file of several pairs, as a shell would write it: analysis/{a,b}/tags.csv."""
-    if not pairs:
-        return []
-    return [f"{folder}/{pairs[0] if len(pairs) == 1 else '{' + ','.join(pairs) + '}'}/{name}"]
-
-
 def records_of(folders: list[Path]) -> list[Read]:
     """The records of the finished steps of analysis folders."""
     found = []
@@ -119,7 +112,6 @@ def _environment() -> jinja2.Environment:
         number=tables.number,
         bounded=tables.bounded,
         percent=tables.percent,
-        probability=tables.probability,
         spoken=behaviours.spoken,
         rgb=rgb,
         public=public,

@@ -105,6 +105,7 @@ def packed(card: Card) -> dict[str, Any]:
         "errorRange": card.nu_error_range and list(map(short, card.nu_error_range)),
         "reconstructionRange": card.nu_reconstruction_range and list(map(short, card.nu_reconstruction_range)),
         "frequency": short(card.frequency),
+        "numDocuments": card.num_documents,
         "max": short(card.max_activation),
         "dedicated": card.dedicated,
         "certainty": card.certainty,

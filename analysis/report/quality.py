@@ -12,9 +12,13 @@ from matplotlib.figure import Figure
 
 from analysis.report import figure_quality, figures
 from analysis.report.side_tables import read_table
+from analysis.scoring.votes import AND_PEOPLE
 from analysis.tables import Table, write_table
 
-Draw = Callable[[Table], Figure]
+# Draws a table in the colours of the models.
+Draw = Callable[[Table, Mapping[str, str]], Figure]
+# What stands in `agreement.csv` before the name of one of several people.
+PERSON = f"{AND_PEOPLE}: "
 
 
 @dataclass(frozen=True)
@@ -27,57 +31,85 @@ class Part:
     figure: figures.Drawn | None
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A file that becomes a part, with the caption of its table, and how it is drawn, where it is."""
+
+    file: str
+    heading: str
+    caption: str
+    draw: Draw | None = None
+    drawn_caption: str = ""
+
+
 FLOW = "From selected latents to categories"
-SCORES = (
-    "Are the descriptions right?",
-    "Balanced accuracy of telling documents in which a latent fires from others by its description alone, on documents "
-    "that the annotator did not see; 0.5 is chance. The control shuffles descriptions between latents.",
-)
-AGREEMENT = (
+AGREEMENT = Kind(
+    "agreement.csv",
     "Do annotators agree?",
-    "Agreement on categories and classes beyond chance: 1 is complete, 0 what chance gives.",
+    "Agreement on categories and classes beyond chance: 1 is complete, 0 what chance gives; "
+    "latents: those that both judged, or their documents.",
+    lambda table, _: figure_quality.agreement(table),
+    figure_quality.AGREEMENT_CAPTION,
 )
-COSTS = ("What the annotation cost", "Requests by kind and model with their outcomes, tokens and US dollars.")
+OF_PAIR = (
+    Kind(
+        "score_summary.csv",
+        "Are the descriptions right?",
+        "Balanced accuracy of telling documents in which a latent fires from others by its description alone, on "
+        "documents that the annotator did not see; 0.5 is chance. The control shuffles descriptions between latents.",
+        figure_quality.scores,
+        figure_quality.SCORES_CAPTION,
+    ),
+    AGREEMENT,
+)
+COSTS = Kind(
+    "costs.csv",
+    "What the annotation cost",
+    "Requests by kind and model with their outcomes, tokens and US dollars.",
+)
 
 
-def parts_of(outputs: Path, folders: list[Path], flow: Table, colours: Mapping[str, str]) -> list[Part]:
+def parts_of(
+    outputs: Path, folders: list[Path], flow: Table, colours: Mapping[str, str], names_people: bool = True
+) -> list[Part]:
     """The flow, and the parts whose files exist, with their figures and tables written into the report."""
     target = outputs / "report"
     source = f"tables/{flow.name}.csv"
     drawn = figures.draw(figure_quality.flow(flow, colours), target, flow.name, [source], figure_quality.FLOW_CAPTION)
-    found: list[Part | None] = [Part(FLOW, source, flow, drawn)]
-
-    def scores(table: Table) -> Figure:
-        return figure_quality.scores(table, colours)
-
-    for folder in folders:
-        beside = f"../analysis/{folder.name}/"
-        place = f" ({folder.name})"
-        found += [
-            _part(target, beside + "score_summary.csv", *SCORES, (scores, figure_quality.SCORES_CAPTION), place),
-            _part(
-                target,
-                beside + "agreement.csv",
-                *AGREEMENT,
-                (figure_quality.agreement, figure_quality.AGREEMENT_CAPTION),
-                place,
-            ),
-        ]
-    found.append(_part(target, "../analysis/costs.csv", *COSTS, None))
-    return [part for part in found if part]
+    found = [Part(FLOW, source, flow, drawn)]
+    files = [(kind, f"../analysis/{folder.name}/", folder.name) for folder in folders for kind in OF_PAIR]
+    pooled, costs = ((kind, "../analysis/", "") for kind in (AGREEMENT, COSTS))
+    for kind, beside, pair in [pooled, *files, costs]:
+        if (target / beside / kind.file).is_file():
+            table = read_table(target / beside / kind.file, kind.caption)
+            table = replace(table, name=f"{table.name}_{pair}" if pair else table.name)
+            if table.raw:
+                heading = f"{kind.heading} ({pair})" if pair else kind.heading
+                shown = table if names_people else without_names(table)
+                found.append(_part(kind, heading, beside + kind.file, shown, colours, target))
+    return found
 
 
-def _part(
-    target: Path, source: str, heading: str, caption: str, drawing: tuple[Draw, str] | None, place: str = ""
-) -> Part | None:
-    """The part of the file at `source`, relative to the page; None without the file or without rows in it."""
-    path = target / source
-    if not path.is_file():
-        return None
-    name = f"{path.stem}_{path.parent.name}" if place else path.stem
-    table = replace(read_table(path, caption), name=name)
-    if not table.raw:
-        return None
+def _part(kind: Kind, heading: str, source: str, table: Table, colours: Mapping[str, str], target: Path) -> Part:
     write_table(table, target / "tables")
-    drawn = figures.draw(drawing[0](table), target, name, [source], drawing[1]) if drawing else None
-    return Part(heading + place, source, table, drawn)
+    drawn = None
+    if kind.draw:
+        drawn = figures.draw(kind.draw(table, colours), target, table.name, [source], kind.drawn_caption)
+    return Part(heading, source, table, drawn)
+
+
+def without_names(table: Table) -> Table:
+    """The table with numbers in place of the names of people."""
+    named = [cell for row in table.raw for cell in row if PERSON in str(cell)]
+    people = dict.fromkeys(str(cell).partition(PERSON)[2] for cell in named)
+    numbers = {who: number for number, who in enumerate(people, 1)}
+    called: dict[object, str] = {
+        cell: f"{rater}{PERSON}person {numbers[who]}"
+        for cell in named
+        for rater, _, who in [str(cell).partition(PERSON)]
+    }
+    return replace(
+        table,
+        raw=[[called.get(cell, cell) for cell in row] for row in table.raw],
+        printed=[[called.get(cell, cell) for cell in row] for row in table.printed],
+    )

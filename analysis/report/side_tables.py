@@ -18,14 +18,17 @@ WHOLE = re.compile(r"-?\d+")
 OF_PAIR = {
     "rules.csv": (
         "How many latents each rule selects",
-        "Latents that each rule and threshold would give to a model. The rule of this report is in Methods.",
+        "Latents that each rule and threshold would give to a model. Configured: the rule of this report, which has a "
+        "threshold of ν reconstruction of its own for dedicated latents and asks these for no Δ-norm, while the others "
+        "ask the same of all latents.",
     ),
     "nulls.csv": (
         "What ν is without a difference",
         "ν of random directions of the same norm, with which the other model has nothing to do (near 0), and of "
-        "latents that Δ-norm calls shared (near 1): thresholds are good where the first pass and the second do not. "
-        "Quantiles of ν over the latents that were measured; below it: the share of them with |ν| below the threshold; "
-        "both below: with both ν below theirs.",
+        "latents that Δ-norm calls shared (near 1): thresholds tell them apart where most of the first are below them "
+        "and few of the second. Quantiles of ν over the latents that were measured; below it: the share of them with "
+        "|ν| below the threshold; both below: with both ν below theirs; dedicated: by the thresholds of dedicated "
+        "latents.",
     ),
 }
 
@@ -37,6 +40,7 @@ SPOKEN = {
     "nu_error": "ν error",
     "nu_reconstruction": "ν reconstruction",
     "delta_norm_and_nu": "Δ-norm and ν",
+    "configured_dedicated": "configured, dedicated latents",
     "delta_norm_low": "Δ-norm below",
     "delta_norm_high": "or above",
     "max_nu_error": "|ν error| below",
@@ -48,7 +52,13 @@ SPOKEN = {
     "q95": "95 %",
     "share_passing": "below it",
     "share_passing_both": "both below",
+    "threshold_dedicated": "dedicated: threshold",
+    "share_passing_dedicated": "below it",
+    "share_passing_both_dedicated": "both below",
     "count": "latents",
+    "num_latents": "latents",
+    "krippendorff_alpha": "Krippendorff’s α",
+    "cohen_kappa": "Cohen’s κ",
 }
 
 

@@ -1,31 +1,39 @@
 """The report of a study: one HTML file that needs no network, and its figures and tables for a paper.
 
-outputs/STUDY/report/index.html, figures/*.pdf, figures/*.png, tables/*.csv, tables/*.tex
+outputs/STUDY/report/index.html, figures/*.pdf, .png and .txt (captions), tables/*.csv, .tex and .txt (notes)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from analysis import tables
 from analysis.compare.changes import Comparison
-from analysis.compare.comparison_tables import changes_table
+from analysis.compare.claims import PLURAL
+from analysis.compare.comparison_tables import certain_table, changes_table
 from analysis.compare.comparison_tables import table_of as comparison_table
 from analysis.compare.flow import flow_table
 from analysis.compare.step import comparisons_of, flows_of, leaderboard_said
+from analysis.compare.summary import comparisons_table
 from analysis.config import AnalysisSettings
 from analysis.latents.columns import models_of
 from analysis.report import behaviours, figures
 from analysis.report.figure_comparison import forest, forest_caption
+from analysis.report.latent_tables import latent_table, nearest_table, owner_table
 from analysis.report.page import records_of, render
-from analysis.report.pairs import latent_table, owner_table, pair_of
+from analysis.report.pairs import pair_of, selections_of
 from analysis.report.quality import parts_of
 from analysis.taxonomy.categories import read_categories
+from analysis.written_files import rewriting
 from extract.errors import BadInput
 from extract.publish import publish
 
+# The page, and what names the figures and tables that a report wrote; with their folders all that the step leaves.
+INDEX, WRITTEN = "index.html", "report_files.json"
+REPORTED = (INDEX, WRITTEN, "figures", "tables")
 NEEDED = ("latents.parquet", "examples.sqlite", "tags.csv", "annotations.jsonl", "categories.csv")
 # Shown where they exist: of an analysis folder, and of the folder of all analyses.
 OPTIONAL = ("nulls.csv", "rules.csv", "scores.csv", "score_summary.csv", "agreement.csv", "human.jsonl")
@@ -34,47 +42,57 @@ OPTIONAL_OF_STUDY = ("costs.csv",)
 
 @dataclass(frozen=True)
 class Compared:
-    """One comparison of two tuned models: every row in print, the largest changes as arXiv 2509.18792 prints them, and
-    the forest plot, None if no latent of either model has a category.
+    """One comparison of two tuned models: the largest changes as arXiv 2509.18792 prints them, `more` tables with what
+    they show, without the rows that neither model has a latent of, and the forest plot, None if all are such rows.
     """
 
     comparison: Comparison
-    table: tables.Table
     changes: tables.Table
+    more: list[tuple[tables.Table, str]]
     forest: figures.Drawn | None
 
 
 def report(settings: AnalysisSettings, folders: list[Path]) -> Path:
-    """Write the report on the analysis `folders` and return the path of its page; the page is written last."""
+    """Write the report on the analysis `folders` and return the path of its page; the page is written last.
+
+    Figures and tables that an earlier report wrote, of pairs that are gone say, are removed.
+    """
     check_complete(folders)
     target = Path(settings.outputs) / "report"
+    with rewriting(target / WRITTEN, [target / "figures", target / "tables"]):
+        page = _page(settings, folders, target)
+        publish(target / INDEX, page.encode("utf-8", errors="backslashreplace"))
+    return target / INDEX
+
+
+def _page(settings: AnalysisSettings, folders: list[Path], target: Path) -> str:
+    """The page, once its figures and tables are written."""
     members = {folder.name: models_of(folder) for folder in folders}
     colours = figures.model_colours(list(members.values()))
-    planted = settings.analysis.report.planted
-    measured = [row for folder in folders for row in behaviours.read_measured(folder, members[folder.name], planted)]
+    planted, min_f1 = settings.analysis.report.planted, settings.analysis.tags.min_f1
+    measured = [
+        row for folder in folders for row in behaviours.read_measured(folder, members[folder.name], planted, min_f1)
+    ]
     pairs = [pair_of(settings, folder, named_latents(measured, folder), colours, target) for folder in folders]
     comparisons = comparisons_of(settings, folders)
     num_top = settings.analysis.compare.top_changes
     compared = [_compared(comparison, num_top, colours, target) for comparison in comparisons]
     flow, beside = flow_table(flows_of(settings, folders)), leaderboard_said(settings, comparisons)
-    for table in [
-        behaviours.table_of(measured),
-        owner_table(pairs),
-        latent_table(pairs),
-        flow,
-        *(t for t, _ in beside),
-    ]:
+    nearest = [nearest_table(pairs)] if any(pair.nearest for pair in pairs) else []
+    whole = [behaviours.table_of(measured), owner_table(pairs), latent_table(pairs), *nearest, flow]
+    over_all = [comparisons_table(comparisons)] if comparisons else []
+    for table in [*whole, *over_all, *(table for table, _ in beside)]:
         tables.write_table(table, target / "tables")
     context = {
         **answer(measured, members),
+        "selections": selections_of(pairs),
         "compared": compared,
         "beside": beside,
         "encoders": encoders_of(folders),
-        "quality": parts_of(Path(settings.outputs), folders, flow, colours),
+        "quality": parts_of(Path(settings.outputs), folders, flow, colours, settings.analysis.report.redact == "none"),
         "records": records_of(folders),
     }
-    publish(target / "index.html", render(settings, pairs, context, colours).encode("utf-8", errors="backslashreplace"))
-    return target / "index.html"
+    return render(settings, pairs, context, colours)
 
 
 def check_complete(folders: list[Path]) -> None:
@@ -114,16 +132,22 @@ def answer(measured: list[behaviours.Measured], members: dict[str, list[str]]) -
         "cells": {(row.value, row.pair, row.owner): row for row in measured},
         "answers": list(zip(columns, behaviours.answers(measured, columns), strict=True)),
         "misplaced": behaviours.misplaced_in_base(measured, columns),
+        "of_several": behaviours.of_several(measured),
         "verdicts": {row.verdict: behaviours.VERDICTS[row.verdict] for row in measured},
     }
 
 
 def _compared(comparison: Comparison, num_top: int, colours: dict[str, str], target: Path) -> Compared:
-    table, changes = comparison_table(comparison), changes_table(comparison, num_top)
-    for each in (table, changes):
-        tables.write_table(each, target / "tables")
+    changes, whole = changes_table(comparison, num_top), comparison_table(comparison)
+    more = [(whole, f"All {PLURAL[comparison.level]} in the order of the taxonomy")]
+    if comparison.certain:
+        more.append((certain_table(comparison), "The certain latents alone"))
+    for table in (changes, *(table for table, _ in more)):
+        tables.write_table(table, target / "tables")
+    seen = [change.count_a + change.count_b > 0 for change in comparison.changes]
     drawn = None
-    if any(change.count_a + change.count_b for change in comparison.changes):
-        name, source = f"forest_{table.name}", f"tables/{table.name}.csv"
+    if any(seen):
+        name, source = f"forest_{whole.name}", f"tables/{whole.name}.csv"
         drawn = figures.draw(forest(comparison, colours), target, name, [source], forest_caption(comparison))
-    return Compared(comparison, table, changes, drawn)
+    shown = [(replace(table, printed=list(compress(table.printed, seen))), said) for table, said in more]
+    return Compared(comparison, changes, shown, drawn)

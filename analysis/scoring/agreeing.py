@@ -45,7 +45,7 @@ def write_agreement(settings: AnalysisSettings, folders: Sequence[Path], target:
     rows = agreement_of(votes, by_latent, group_of, bootstrap, lambda key: cluster_of(*key))
     readers = _said(people_folder(settings, DOCUMENTS), names)
     measure = Measure[Named](bootstrap, lambda named: cluster_of(named[0], int(named[1])))
-    rows += rows_with_people("document", judged_documents(folders), readers, measure)
+    rows += rows_with_people("document", "judge", judged_documents(folders), readers, measure)
     columns = [field.name for field in fields(AgreementRow)]
     publish(target / AGREEMENT, as_csv(columns, [astuple(row) for row in rows]))
     return rows

@@ -127,21 +127,21 @@ def mean_interval(
 ) -> Interval:
     """Percentile bootstrap of the mean of values in [0, 1] over clusters: the values of one group are drawn together.
 
-    Where all values are equal resampling shows no spread. With w the lower end of the Wilson interval of "all of so
-    many groups are so", the interval is then that of a share 1 - w of groups of which nothing is known.
+    A bootstrap knows only what it has seen, and of few groups that is little. The interval therefore holds the means
+    with z^2 further groups too, z being the normal quantile, that are all 0 or all 1: as Wilson's interval, which ends
+    at n / (n + z^2) where n of n groups are 1.
     """
     if not len(values):
         return Interval(float("nan"), float("nan"))
     _, group_of = np.unique(groups, return_inverse=True)
     sums, sizes = np.bincount(group_of, values), np.bincount(group_of)
-    if np.ptp(values) == 0:
-        known = wilson(len(sizes), len(sizes), confidence).low
-        return Interval(float(known * values[0]), float(known * values[0] + 1 - known))
     rng = np.random.default_rng(seed)
     times = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=resamples)
     tail = (1 - confidence) / 2
     low, high = np.quantile((times @ sums) / (times @ sizes), [tail, 1 - tail])
-    return Interval(float(low), float(high))
+    known = wilson(len(sizes), len(sizes), confidence).low
+    lowest = known * float(values.mean())
+    return Interval(min(float(low), lowest), max(float(high), lowest + 1 - known))
 
 
 def write_scores(folder: Path, scores: list[Score], summaries: list[Summary], verdicts: list[Verdict]) -> None:

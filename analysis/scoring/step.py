@@ -73,18 +73,22 @@ def score(settings: AnalysisSettings, folder: Path) -> None:
 
 
 def _score(settings: AnalysisSettings, folder: Path, judge: str) -> None:
-    config, annotations = settings.analysis.scoring, read_annotations(folder)
-    described = [annotation for annotation in annotations if annotation.outcome == DESCRIBED]
-    with reading(folder) as database:
-        check_samples(database, folder)
-        group_of = groups_of(folder)
-        asking = Asking(settings.analysis, folder.name, judge, partners(described, group_of, config.seed))
-        items = [item for annotation in annotations for item in asking.items_of(annotation, database)]
+    config, items = settings.analysis.scoring, items_of(settings, folder, read_annotations(folder), judge)
     answers = ask_judge(settings, items)
     scores = [score_of(item, answers, config.confidence) for item in items]
     verdicts = [row for item in items for row in verdicts_in(item, answers)]
-    summaries = summarise(scores, group_of, config.confidence, config.resamples, config.seed)
+    summaries = summarise(scores, groups_of(folder), config.confidence, config.resamples, config.seed)
     write_scores(folder, scores, summaries, verdicts)
+
+
+def items_of(settings: AnalysisSettings, folder: Path, annotations: list[Annotation], judge: str) -> list[Item]:
+    """What the judge is asked about each of the `annotations`, or why nothing."""
+    described = [annotation for annotation in annotations if annotation.outcome == DESCRIBED]
+    others = partners(described, groups_of(folder), settings.analysis.scoring.seed)
+    asking = Asking(settings.analysis, folder.name, judge, others)
+    with reading(folder) as database:
+        check_samples(database, folder)
+        return [item for annotation in annotations for item in asking.items_of(annotation, database)]
 
 
 @dataclass(frozen=True)

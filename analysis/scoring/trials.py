@@ -13,6 +13,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from analysis.llm.documents import window
 
 WRONG_MARKS = "wrong_marks"
 DETECTION, FUZZING = "detection", "fuzzing"
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,9 @@ class Material:
 
 
 def held_out(database: sqlite3.Connection, latent: int, num_shown: int) -> Material:
-    """The samples of a latent without its `num_shown` top documents and without their texts."""
-    shown = read_examples(database, latent, num_shown)
-    numbers, texts = {example.document for example in shown}, {example.tokens for example in shown}
-    left = [s for s in read_samples(database, latent) if s.document not in numbers and s.tokens not in texts]
+    """The samples of a latent without those that have the text of one of its `num_shown` top documents."""
+    shown = {example.tokens for example in read_examples(database, latent, num_shown)}
+    left = [sample for sample in read_samples(database, latent) if sample.tokens not in shown]
     kinds = [[sample for sample in left if sample.kind == kind] for kind in (ACTIVATING, NEAR_MISS, SILENT)]
     return Material(*kinds)
 
@@ -66,7 +67,7 @@ def detection(material: Material, num_positive: int, num_negative: int, rng: np.
     near = _draw(material.near_misses, max(num_negative // 2, num_negative - len(material.silent)), rng)
     silent = _draw(material.silent, num_negative - len(near), rng)
     negative = [Trial(_nearest(s, rng), _given(s, s.kind, False)) for s in near + silent]
-    return _shuffled(positive + negative, rng)
+    return _permuted(positive + negative, rng)
 
 
 def fuzzing(
@@ -89,7 +90,7 @@ def fuzzing(
         else Trial(moved[sample.document], _given(sample, WRONG_MARKS, False))
         for sample, truth in zip(usable, dealt(usable, num_positive, num_negative), strict=True)
     ]
-    return _shuffled(trials, rng)
+    return _permuted(trials, rng)
 
 
 def dealt(samples: Sequence[Sample], num_true: int, num_false: int) -> list[bool]:
@@ -116,7 +117,7 @@ def _given(sample: Sample, drawn: str, truth: bool) -> Given:
 def spread(samples: Sequence[Sample], number: int, rng: np.random.Generator) -> list[Sample]:
     """`number` of the samples at random, as evenly over their quantiles as can be."""
     by_quantile: dict[int | None, list[Sample]] = {}
-    for sample in _draw(samples, len(samples), rng):
+    for sample in _permuted(samples, rng):
         by_quantile.setdefault(sample.quantile, []).append(sample)
     rounds = [
         (turn, quantile or 0, sample) for quantile, found in by_quantile.items() for turn, sample in enumerate(found)
@@ -178,12 +179,8 @@ def _nearest(sample: Sample, rng: np.random.Generator) -> Sample:
 
 
 def _draw(samples: Sequence[Sample], number: int, rng: np.random.Generator) -> list[Sample]:
-    return [samples[i] for i in rng.permutation(len(samples))[: max(number, 0)]]
+    return _permuted(samples, rng)[: max(number, 0)]
 
 
-def _permuted(values: list, rng: np.random.Generator) -> list:
+def _permuted(values: Sequence[Value], rng: np.random.Generator) -> list[Value]:
     return [values[i] for i in rng.permutation(len(values))]
-
-
-def _shuffled(trials: list[Trial], rng: np.random.Generator) -> list[Trial]:
-    return [trials[i] for i in rng.permutation(len(trials))]

@@ -11,6 +11,8 @@ from analysis.scoring.raters import Agreement, Bootstrap, cohen, krippendorff
 from analysis.taxonomy.categories import read_categories
 
 ALPHA, KAPPA = "krippendorff_alpha", "cohen_kappa"
+# Behind the name of a rater that is set against a person, or several.
+AND_PEOPLE = " and people"
 
 # A latent of a pair; anything that raters judge; what one rater made of each of them, None where it gave no answer.
 Key = tuple[str, int]
@@ -22,10 +24,10 @@ Rater = Mapping[Unit, str | None]
 class AgreementRow:
     """One line of `agreement.csv`: how far raters agree at one level, with the interval over groups of near-duplicates.
 
-    `between` is "repeats" (of the first annotator), "repeats of <annotator>", "<annotator> and <annotator>", "people"
-    (one person and the annotator; or people among themselves, by alpha), or "people: <who>" where there are several. At
-    the level "document" the judge of detection takes the annotator's place, and `num_latents` counts documents. Numbers
-    that there are not are NaN: see `analysis.scoring.raters.Agreement`.
+    `between` is "repeats" (of the first annotator), "repeats of <annotator>", "<annotator> and <annotator>", "annotator
+    and people" (the first annotator and one person), "annotator and people: <who>" where there are several, or "people"
+    (among themselves). At the level "document" the judge of detection takes the annotator's place, and `num_latents`
+    counts documents. Numbers that there are not are NaN: see `analysis.scoring.raters.Agreement`.
     """
 
     measure: str
@@ -137,16 +139,17 @@ def _rows(
             rows.append(measure.alpha(between, level, list(repeats.values())))
     firsts = {annotator: repeats[min(repeats)] for annotator, repeats in raters.items()}
     rows += [measure.kappa(f"{names[0]} and {other}", level, firsts[names[0]], firsts[other]) for other in names[1:]]
-    return rows + rows_with_people(level, firsts[names[0]] if names else {}, people, measure)
+    return rows + rows_with_people(level, "annotator", firsts[names[0]] if names else {}, people, measure)
 
 
 def rows_with_people(
-    level: str, first: Rater[Unit], people: Mapping[str, Rater[Unit]], measure: Measure[Unit]
+    level: str, name: str, first: Rater[Unit], people: Mapping[str, Rater[Unit]], measure: Measure[Unit]
 ) -> list[AgreementRow]:
-    """Every person against the rater `first`, and several people among themselves."""
+    """Every person against the rater `first`, which goes by `name`, and several people among themselves."""
     rows = []
     for who, said in people.items() if first else ():
-        rows.append(measure.kappa(f"people: {who}" if len(people) > 1 else "people", level, first, said))
+        between = f"{name}{AND_PEOPLE}" + (f": {who}" if len(people) > 1 else "")
+        rows.append(measure.kappa(between, level, first, said))
     if len(people) > 1:
         rows.append(measure.alpha("people", level, list(people.values())))
     return rows

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from analysis.annotate.annotations import Annotation
 from analysis.csv_files import csv_bytes
+from analysis.damage import readable
 from extract.publish import publish
 
 CATEGORIES, CLASSES = "categories.csv", "classes.csv"
 OTHER = "other"
 PLACED, NOT_DESCRIBED = "placed", "not described"
-COLUMNS = (*("latent", "owner", "vote", "outcome", "category", "class", "similarity", "annotator", "repeat", "reason"),)
+COLUMNS = ["latent", "owner", "vote", "outcome", "category", "class", "similarity", "annotator", "repeat", "reason"]
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,12 @@ def write_categories(folder: Path, placed: list[Placed], groups: list[str]) -> N
 
 def read_categories(folder: Path, votes: bool = False) -> list[Placed]:
     """The lines of `categories.csv`: primary votes that are placed; all lines if `votes`."""
-    with (folder / CATEGORIES).open(encoding="utf-8", newline="") as file:
-        placed = [_placed(row) for row in csv.DictReader(file)]
+    path, placed = folder / CATEGORIES, []
+    with readable(path), path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            with readable(path, reader.line_num):
+                placed.append(_placed(row))
     return [row for row in placed if votes or (row.vote == 0 and row.outcome == PLACED)]
 
 
@@ -85,6 +90,8 @@ def _cells(row: Placed) -> list[object]:
 
 
 def _placed(row: dict[str, str]) -> Placed:
+    if None in row.values():
+        raise ValueError("cells are missing")
     similarity = float(row["similarity"] or "nan")
     named = (int(row["latent"]), row["owner"], row["category"], row["class"], similarity, row["annotator"])
     # Folders of earlier versions hold one vote, always placed.

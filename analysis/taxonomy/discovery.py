@@ -8,7 +8,6 @@ taxonomy is left. Descriptions of one model alone would make categories that onl
 from __future__ import annotations
 
 import hashlib
-import itertools
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,12 @@ import yaml
 
 from analysis.annotate.annotations import ANNOTATIONS, DESCRIBED, Annotation, read_annotations
 from analysis.config import AnalysisSettings
-from analysis.llm.asking import Question, Validate, ask
+from analysis.llm.asking import ask
 from analysis.llm.config import LlmConfig
 from analysis.llm.documents import fenced
 from analysis.llm.ledger import Ledger, ledger_path
 from analysis.llm.prompting import object_schema, system_prompt
+from analysis.llm.questions import Question, Validate
 from analysis.taxonomy.step import RESERVED, load_taxonomy
 from extract.errors import BadInput
 from extract.publish import publish
@@ -75,9 +75,11 @@ def pool(settings: AnalysisSettings, folders: list[Path]) -> list[str]:
         )
     records = [record for folder in folders for record in read_annotations(folder) if record.outcome == DESCRIBED]
     owners = sorted({record.owner for record in records})
+    if not owners:
+        raise BadInput("No latent is described, and a taxonomy is discovered from descriptions. See annotations.jsonl.")
     if len(owners) < 2:
         raise BadInput(
-            f"The descriptions are those of {owners[0] if owners else 'no model'} alone: categories made from one side "
+            f"The descriptions are those of {owners[0]} alone: categories made from one side "
             "would favour it in every comparison. Use the built-in taxonomy (analysis.taxonomy.path=null), or compare "
             "models that both have latents of their own."
         )
@@ -102,13 +104,14 @@ def _distil(texts: list[str], most: int, llm: LlmConfig, ledger: Ledger) -> dict
     found = _ask("propose", system, blocks, PROPOSAL, partial(_check_proposal, most), llm, ledger)
     lists = [_entries(value["categories"]) for value in found]
     system = system_prompt("merge", {"most": most, "most_classes": MOST_CLASSES})
-    for level in itertools.count(1):
+    level = 0
+    while True:
+        level += 1
         prompts = [fenced([_lines(entries) for entries in group]) for group in _cut(lists, LISTS)]
         merged = _ask(f"merge {level}", system, prompts, MERGED, partial(_check_classes, most), llm, ledger)
         if len(merged) == 1:
             return {part["name"].strip(): dict(_entries(part["categories"])) for part in merged[0]["classes"]}
         lists = [[entry for part in value["classes"] for entry in _entries(part["categories"])] for value in merged]
-    raise AssertionError("counting does not end")
 
 
 def _cut(parts: list, size: int) -> list[list]:

@@ -97,8 +97,6 @@ def _starts(groups: list[list[str]]) -> list[int]:
 
 def encoder_name(choice: str) -> str:
     """The encoder that `analysis.taxonomy.encoder` means on this machine; BadInput if it cannot be had."""
-    if choice not in ("auto", "minilm", "tfidf"):
-        raise BadInput(f'analysis.taxonomy.encoder ({choice}) must be "auto", "minilm" or "tfidf".')
     installed = importlib.util.find_spec(MINILM_PACKAGE) is not None
     if choice == "minilm" and not installed:
         raise BadInput(

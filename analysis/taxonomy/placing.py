@@ -7,11 +7,12 @@ from typing import Any
 
 from analysis.annotate.annotations import DESCRIBED, Annotation
 from analysis.config import AnalysisSettings
-from analysis.llm.asking import Answer, Question, ask
+from analysis.llm.asking import ask
 from analysis.llm.config import LlmConfig
 from analysis.llm.documents import fenced
 from analysis.llm.ledger import Ledger, ledger_path
 from analysis.llm.prompting import object_schema, system_prompt
+from analysis.llm.questions import Answer, Question
 from analysis.taxonomy.categories import OTHER, PLACED, Category, Placed, not_described
 
 
@@ -20,12 +21,7 @@ def place_by_llm(
 ) -> list[Placed]:
     """The category of every vote, by the model that described it (of an offline description, by the first model)."""
     llm = settings.analysis.llm
-    system, schema = instructions(categories), schema_of(categories)
-    questions = {
-        (annotation.latent, annotation.vote): question_of(pair, annotation, system, schema, llm)
-        for annotation in annotations
-        if annotation.outcome == DESCRIBED
-    }
+    questions = questions_on(pair, annotations, categories, llm)
     with Ledger(ledger_path(settings.outputs)) as ledger:
         answers = dict(zip(questions, ask(list(questions.values()), validate, llm, ledger), strict=True))
     groups = {category.name: category.group for category in categories} | {OTHER: OTHER}
@@ -35,6 +31,18 @@ def place_by_llm(
         else not_described(annotation)
         for annotation in annotations
     ]
+
+
+def questions_on(
+    pair: str, annotations: list[Annotation], categories: list[Category], llm: LlmConfig
+) -> dict[tuple[int, int], Question]:
+    """The questions by latent and vote, on what is described."""
+    system, schema = instructions(categories), schema_of(categories)
+    return {
+        (annotation.latent, annotation.vote): question_of(pair, annotation, system, schema, llm)
+        for annotation in annotations
+        if annotation.outcome == DESCRIBED
+    }
 
 
 def instructions(categories: list[Category]) -> str:

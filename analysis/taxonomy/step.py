@@ -7,11 +7,9 @@ import yaml
 
 from analysis.annotate.annotations import read_annotations
 from analysis.config import AnalysisConfig, AnalysisSettings
-from analysis.taxonomy.categories import CATEGORIES, OTHER, Category, Placed, read_categories, write_categories
+from analysis.taxonomy.categories import CATEGORIES, OTHER, Category, read_categories, write_categories
 from analysis.taxonomy.embedding import place
 from extract.errors import BadInput
-
-__all__ = ["OTHER", "Category", "Placed", "categorise", "load_taxonomy", "read_categories"]
 
 # Names of latents that fit no category.
 RESERVED = (OTHER, "unclassified")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.config import AnalysisSettings
+from analysis.llm.client import connect
 from analysis.llm.config import LlmConfig
+from analysis.llm.estimating import Estimate, estimate
+from analysis.llm.ledger import Ledger
 from analysis.llm.prompting import object_schema
 from analysis.llm.questions import Question
+from tests.analysis.made_study import make_study
 from tests.analysis.messages_rules import by_schema
 from tests.analysis.messages_stub import MessagesStub, Plan
 
@@ -41,6 +48,24 @@ def config(stub: MessagesStub, **changes: Any) -> LlmConfig:
     return llm
 
 
+def study(root: Path, stub: MessagesStub, **changes: Any) -> tuple[AnalysisSettings, Path]:
+    """The first pair of a small study that a language model annotates."""
+    settings, (folder, _) = make_study(root)
+    settings.analysis.annotate.annotator = "llm"
+    settings.analysis.llm = config(stub, **changes)
+    return settings, folder
+
+
+def estimated(questions: Sequence[Question], llm: LlmConfig, ledger: Ledger) -> Estimate:
+    """What questions are expected to cost, before they are asked."""
+
+    async def found() -> Estimate:
+        async with connect(llm) as client:
+            return await estimate(client, questions, llm, ledger)
+
+    return asyncio.run(found())
+
+
 def anything(question: Question, value: dict[str, Any]) -> str | None:
     """Accepts all that follows the schema."""
     return None
@@ -63,7 +88,12 @@ def rows(ledger: Path, query: str) -> list[tuple]:
 
 
 def by_prompt(body: dict[str, Any]) -> Any:
-    """An answer that differs where prompts do, so that requests about two latents are never the same."""
-    value = by_schema(body)
-    key = hashlib.sha256(body["messages"][0]["content"].encode()).hexdigest()[:12]
+    """An answer that differs where prompts do, so that requests about two latents are never the same. A judge says yes
+    of all documents.
+    """
+    value, prompt = by_schema(body), body["messages"][0]["content"]
+    if "verdicts" in value:
+        count = int(prompt.partition("Which of the ")[2].partition(" ")[0])
+        return {"verdicts": [value["verdicts"][0] | {"document": number} for number in range(1, count + 1)]}
+    key = hashlib.sha256(prompt.encode()).hexdigest()[:12]
     return value | ({"description": f"fires on {key}"} if "description" in value else {"reason": f"because of {key}"})

@@ -1,4 +1,4 @@
-"""Runs annotate and categorise for every line on standard input, in a child: prints its pid, then its exit status.
+"""Runs annotate, categorise and score for every line on standard input, in a child: prints its pid, then its status.
 
 A line is a JSON object of the analysis folder and settings of `analysis.llm`: {"folder": ..., "llm": {...}}. The
 children are forks of a process that has imported everything, so that they can be killed at any moment of the work.
@@ -14,6 +14,7 @@ from typing import Any
 
 from analysis.annotate.step import annotate
 from analysis.config import AnalysisSettings
+from analysis.scoring.step import score
 from analysis.taxonomy.step import categorise
 from extract.errors import BadInput
 from extract.interrupts import EXIT_INTERRUPTED, stops_interrupt
@@ -21,7 +22,8 @@ from extract.interrupts import EXIT_INTERRUPTED, stops_interrupt
 
 def work(folder: Path, overrides: dict[str, Any]) -> int:
     settings = AnalysisSettings(outputs=str(folder.parent.parent))
-    settings.analysis.annotate.annotator = "llm"
+    settings.analysis.annotate.annotator, settings.analysis.annotate.num_documents = "llm", 4
+    settings.analysis.scoring.resamples = settings.analysis.agreement.resamples = 10
     llm = settings.analysis.llm
     for name, value in overrides.items():
         setattr(llm, name, value)
@@ -30,6 +32,7 @@ def work(folder: Path, overrides: dict[str, Any]) -> int:
         with stops_interrupt():
             annotate(settings, folder)
             categorise(settings, folder)
+            score(settings, folder)
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2

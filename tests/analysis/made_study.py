@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import sqlite3
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,18 @@ def make_pair(root: Path, tuned: str, num_cards: int = 0) -> Path:
     write_examples(folder / "examples.sqlite", planted)
     write_tags(folder / "tags.csv", tuned)
     write_run(root / "runs" / folder.name, ["base", tuned])
+    write_record(folder)
     return folder
+
+
+def write_record(folder: Path, weights: str = "", **owner: float) -> None:
+    """`latents.json` as it is under the default settings, but for those of `analysis.owner` that are given."""
+    analysis = AnalysisSettings().analysis
+    settings = {name: asdict(getattr(analysis, name)) for name in ("owner", "examples", "intervals", "nulls")}
+    settings["kept"] = asdict(AnalysisSettings().kept)
+    settings["owner"] |= owner
+    record = {"step": "latents", "settings": settings, "inputs": {"crosscoder.safetensors": weights}}
+    (folder / "latents.json").write_text(json.dumps(record))
 
 
 FILLER_TEXT = [
@@ -203,6 +214,22 @@ def write_examples(path: Path, planted: dict[int, str], num_documents: int = 8, 
             )
             number += 1
         database.execute("CREATE INDEX examples_latent ON examples(latent, rank)")
+
+
+def add_samples(path: Path) -> None:
+    """Documents to score descriptions with: those in which latents fire, of which the annotator must not be shown all,
+    and eight in which they do not.
+    """
+    with sqlite3.connect(path) as database:
+        database.execute(
+            "INSERT INTO samples SELECT latent, 'activating', rank % 4, document, max_activation, activations, "
+            "json_extract(activations, '$[0][0]') FROM examples"
+        )
+        database.execute(
+            "INSERT INTO samples SELECT latent, 'silent', NULL, document, 0, '[]', NULL FROM (SELECT DISTINCT latent "
+            "FROM examples), (SELECT document FROM documents WHERE source = 'prose' LIMIT 8)"
+        )
+    database.close()
 
 
 TAG_COLUMNS = [field.name for field in fields(TagRow)]

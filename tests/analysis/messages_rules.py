@@ -7,9 +7,13 @@ import json
 import re
 from typing import Any
 
+from analysis.json_lines import json_text
+
 SAMPLING = ("temperature", "top_p", "top_k")
 # What structured outputs do not take.
 UNSUPPORTED = ("minLength", "maxLength", "pattern", "minimum", "maximum", "minItems", "maxItems")
+# Tokens of the shortest prefix that is cached.
+LEAST_CACHED = 50
 CUSTOM_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MODELS = {
     "claude-sonnet-5-5": "active",
@@ -85,7 +89,7 @@ def fill(schema: dict[str, Any]) -> Any:
 
 def message_of(body: dict[str, Any], fate: str, value: Any, number: int, cached: bool) -> dict[str, Any]:
     """A message with the answer `value`, or with what the fault `fate` makes of it."""
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json_text(value)
     if fate in ("truncated", "malformed"):
         text = text[: len(text) // 2]
     if fate == "not json":
@@ -97,6 +101,7 @@ def message_of(body: dict[str, Any], fate: str, value: Any, number: int, cached:
         blocks.insert(0, {"type": "thinking", "thinking": "{not the answer}", "signature": "c2ln"})
     stop = {"truncated": "max_tokens", "refusal": "refusal"}.get(fate, "end_turn")
     prefix = len(json.dumps(body.get("system", ""))) // 4
+    prefix = prefix if prefix >= LEAST_CACHED else 0
     return {
         "id": f"msg_{number:06d}",
         "type": "message",

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from analysis.config import AnalysisSettings
@@ -26,6 +27,8 @@ from train.crosscoder import Crosscoder
 from train.data import ActivationPairs
 
 D, NUM_LATENTS, NUM_DOCUMENTS, MODELS = 8, 24, 70, ["base", "tuned"]
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
 
 
 def make_study(root: Path, num_documents: int = NUM_DOCUMENTS) -> AnalysisSettings:

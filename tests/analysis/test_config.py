@@ -5,6 +5,7 @@ import math
 import pytest
 
 from analysis.config import AnalysisConfig, AnalysisSettings, check_analysis
+from analysis.firings.config import check_groups
 from extract.command import compose
 from extract.errors import BadInput
 
@@ -41,6 +42,7 @@ def test_the_defaults_are_valid_and_those_of_the_method() -> None:
         ("intervals.seed", -1, "analysis.intervals.seed"),
         ("examples.seed", -1, "analysis.examples.seed"),
         ("nulls.seed", -1, "analysis.nulls.seed"),
+        ("examples.seed", 2**63, r"analysis\.examples\.seed .* must lie between 0 and 2\^63 - 1"),
         ("examples.sampled", "some", r"analysis.examples.sampled \(some\) must be"),
         ("owner.max_nu_error", math.nan, "analysis.owner.max_nu_error"),
         ("owner.shared_low", math.nan, "shared_low"),
@@ -51,6 +53,8 @@ def test_the_defaults_are_valid_and_those_of_the_method() -> None:
         ("device", "tpu", "analysis.device"),
         ("report.redact", "True", "analysis.report.redact"),
         ("report.max_megabytes", 0.0, "analysis.report.max_megabytes"),
+        ("report.max_megabytes", math.nan, "analysis.report.max_megabytes"),
+        ("report.max_megabytes", math.inf, "analysis.report.max_megabytes"),
         ("tags.seed", -1, r"analysis\.tags\.seed \(-1\) must not be negative"),
         ("taxonomy.most_categories", 0, r"analysis\.taxonomy\.most_categories \(0\) must be at least 1"),
         ("scoring.seed", -1, r"analysis\.scoring\.seed \(-1\) must not be negative"),
@@ -67,6 +71,18 @@ def test_a_value_that_cannot_be_used(name: str, value: object, message: str) -> 
     assert str(value) in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "source"), [("positives", "samples_per_quantile"), ("negatives", "num_silent")])
+def test_no_more_documents_are_judged_than_are_drawn(name: str, source: str) -> None:
+    config = AnalysisConfig()
+    setattr(config.scoring, name, 51)
+    check_analysis(config)  # nothing is judged
+    config.scoring.judge = "m"
+    with pytest.raises(BadInput, match=rf"analysis\.scoring\.{name} \(51\) .* \(50\).* analysis\.examples\.{source}"):
+        check_analysis(config)
+    setattr(config.scoring, name, 50)
+    check_analysis(config)
+
+
 @pytest.mark.parametrize("name", ["shared", "other", "dead"])
 def test_a_model_is_not_named_like_an_owner(name: str) -> None:
     overrides = ["experiment=pair", "models.base=/somewhere", "models.tuned=/elsewhere", "corpus=/text.jsonl"]
@@ -81,3 +97,9 @@ def test_the_command_line_reaches_the_section() -> None:
     assert (analysis.tags.name, analysis.owner.max_nu_error) == ("style", 0.3)
     with pytest.raises(BadInput, match=r"Did you mean analysis\.tags\.min_f1"):
         compose(AnalysisSettings, ["experiment=demo", "analysis.tags.minf1=0.5"])
+
+
+def test_groups_of_latents_are_numbered_in_32_bits() -> None:
+    check_groups(1024, 2**21)
+    with pytest.raises(BadInput, match=r"groups \(1024\) times 2,097,153 latents .*at most 1023 groups"):
+        check_groups(1024, 2**21 + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -47,6 +48,19 @@ def test_writers_at_the_same_time_do_not_mix_their_lines(tmp_path: Path) -> None
     for thread in threads:
         thread.join()
     assert set(read_labels(tmp_path)) == set(range(80))
+
+
+def test_a_writer_waits_for_the_one_before(tmp_path: Path) -> None:
+    """Else the end of the file, to which a line that does not fit is cut back, might be another's line."""
+    append_label(tmp_path, label(3, "first"))
+    with (tmp_path / "human.jsonl").open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        writer = threading.Thread(target=append_label, args=(tmp_path, label(4, "second")))
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive() and set(read_labels(tmp_path)) == {3}
+    writer.join(30)
+    assert set(read_labels(tmp_path)) == {3, 4}
 
 
 @pytest.mark.parametrize("line", ['{"latent": 3', '{"latent": 3}', "[]", '{"latent": "3", "label": ""}'])

@@ -16,6 +16,8 @@ from extract.activations import extract
 from extract.command import compose
 from extract.errors import BadInput
 from extract.tokens import make_tokens
+from tests.analysis.asked import MODEL, by_prompt, config
+from tests.analysis.messages_stub import MessagesStub
 from train.trainer import train
 
 TRAINING = [
@@ -52,10 +54,14 @@ def test_from_a_crosscoder_to_the_report(trained: AnalysisSettings, capsys: pyte
     assert sorted(path.stem for path in folder.glob("*.json")) == steps
     assert not list(Path(trained.outputs).rglob("*.partial"))
     assert pq.read_metadata(folder / "latents.parquet").num_rows == 32
+    pooled = folder.parent / "agreement.csv"
+    pooled.unlink()
+    main(trained)  # over the latents of all pairs, as the report shows it
+    assert pooled.exists() and "report: agreement\n" in capsys.readouterr().out
 
     main(trained)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.endswith("is up to date") for line in lines] == [True] * (len(steps) + 2) + [False]
+    assert [line.endswith("is up to date") for line in lines] == [True] * (len(steps) + 3) + [False]
 
     shutil.rmtree(report.parent / "figures")
     main(trained)
@@ -66,6 +72,37 @@ def test_from_a_crosscoder_to_the_report(trained: AnalysisSettings, capsys: pyte
     main(trained)
     redone = [line for line in capsys.readouterr().out.splitlines() if not line.endswith("is up to date")]
     assert redone[0] == f"{folder.name}: latents" and redone[-2:] == ["report: report", f"report: {report}"]
+
+
+@pytest.mark.usefixtures("key")
+def test_what_a_study_will_cost_is_said_before_anything_is_paid(trained: AnalysisSettings) -> None:
+    trained.analysis.scoring.judge, record = MODEL, folders_of(trained)[1] / "latents.json"
+    with MessagesStub(answer=by_prompt) as stub:
+        llm = trained.analysis.llm = config(stub, max_usd=0.001)
+        with pytest.raises(BadInput, match=r"language models: about \d+ questions on 3 latents"):
+            main(trained)  # of offline descriptions, which are free and there by now
+        assert record.with_name("categorise.json").exists()
+        trained.analysis.annotate.annotator = "llm"
+        with pytest.raises(BadInput, match="language models: about 18 questions on 3 latents"):
+            main(trained)
+        assert record.exists() and not stub.bodies
+        llm.max_usd = 10.0
+        main(trained)
+        num_asked, done = len(stub.bodies), record.read_bytes()
+        assert num_asked >= 6
+        llm.base_url = "http://127.0.0.1:9"  # where nobody listens: a finished study does not ask
+        main(trained)
+        trained.analysis.owner.max_nu_error = 0.5  # gives both models more latents
+        with pytest.raises(BadInput, match="does not answer"):
+            main(trained)
+        assert record.read_bytes() == done  # said before the pass
+        llm.base_url, llm.max_usd = stub.url, 0.001
+        with pytest.raises(BadInput, match="language models: about 18 questions on 6 latents"):
+            main(trained)
+        assert record.read_bytes() != done
+        with pytest.raises(BadInput, match="language models: about 18 questions on 6 latents"):
+            main(trained)  # again, though the pass is done
+        assert len(stub.bodies) == num_asked
 
 
 def test_without_a_crosscoder(study: list[str]) -> None:

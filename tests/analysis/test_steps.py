@@ -1,8 +1,11 @@
 """What is done, skipped and done again."""
 
+import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -84,6 +87,11 @@ def test_a_deleted_output_or_record_is_made_again(folder: Path) -> None:
     assert ran(folder) == ["judge"]
 
 
+def test_an_output_that_was_cut_off_is_made_again(folder: Path) -> None:
+    (folder / "judge.txt").write_text("Tr")
+    assert ran(folder) == ["judge"] and (folder / "judge.txt").read_text() == "True"
+
+
 def test_a_half_written_record_is_no_record(folder: Path) -> None:
     (folder / "count.json").write_text((folder / "count.json").read_text()[:20])
     assert ran(folder) == ["count"]
@@ -135,7 +143,8 @@ def test_the_record_names_settings_and_hashes(folder: Path) -> None:
     record = json.loads((folder / "judge.json").read_text())
     # printf 3 | sha256sum
     count = "4e07408562bedb8b60ce05c1decfe3ad16b72230967de01f640b7e4729b49fce"
-    assert record == {"step": "judge", "settings": {"threshold": 0.5}, "inputs": {"count": count}}
+    outputs = {"judge.txt": len("True")}
+    assert record == {"step": "judge", "settings": {"threshold": 0.5}, "inputs": {"count": count}, "outputs": outputs}
     step = two_steps(folder, [])[1]
     assert is_done(step, record_of(step), folder / "judge.json")
 
@@ -232,3 +241,22 @@ def test_who_trained_online_is_told_that_the_analysis_reads_a_store(tmp_path: Pa
 def test_command_line_keeps_what_a_command_knows() -> None:
     overrides = ["engine=fsdp", "analysis.device=cpu", "seed=1"]
     assert command_line("train", overrides) == "python -m train engine=fsdp seed=1"
+
+
+def test_a_file_is_hashed_once_while_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two files of one size and time the second is another one."""
+    path, num_read = tmp_path / "file", 0
+    digest = hashlib.file_digest
+
+    def count(file: BinaryIO, name: str) -> Any:
+        nonlocal num_read
+        num_read += 1
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", count)
+    for content in (b"a", b"b"):
+        (tmp_path / content.decode()).write_bytes(content)
+        os.utime(tmp_path / content.decode(), (1, 1))
+        (tmp_path / content.decode()).rename(path)
+        assert {sha256_of(path) for _ in range(3)} == {hashlib.sha256(content).hexdigest()}
+    assert num_read == 2

@@ -117,7 +117,7 @@ def test_latents_of_one_model_as_analysed_and_by_norms(study):
     first, *_, last = rows_of(study)
     assert (first.own, first.own_by_norms) == ({"base": 1, "tuned": 3}, {"base": 2, "tuned": 1})
     assert (last.own, last.own_by_norms) == ({}, {"base": 2, "tuned": 1})
-    assert (first.num_own, last.num_own_by_norms) == (4, 3) and math.isnan(last.num_own)
+    assert (first.num_own, last.num_own_by_norms) == (3, 1) and math.isnan(last.num_own)
 
 
 def test_an_analysis_of_an_earlier_crosscoder_does_not_count(study):
@@ -126,10 +126,10 @@ def test_an_analysis_of_an_earlier_crosscoder_does_not_count(study):
     assert rows_of(study)[0].own == {}
 
 
-def test_a_damaged_crosscoder_is_not_finished(study):
+def test_a_damaged_crosscoder_is_not_finished_and_said_to_be_damaged(study):
     weights = Path(study.outputs) / "runs" / "base_tuned,k=2" / "crosscoder" / "crosscoder.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    assert rows_of(study)[0].state == "step 100 of 100"
+    assert rows_of(study)[0].state == "damaged crosscoder"
 
 
 def test_candidates_by_norms_of_dedicated_latents():
@@ -151,6 +151,7 @@ def test_the_files_hold_all_rows(study, capsys):
     assert table["base_tuned,k=3"]["state"].startswith("step 40") and table["base_tuned,k=3"]["l0"] == ""
     assert float(table["base_tuned,hookpoint=block10,k=4"]["variance_explained"]) == pytest.approx(0.3)
     assert (report / "figures" / "sweep.pdf").stat().st_size and (report / "figures" / "sweep.png").stat().st_size
+    assert "one tuned model alone" in (report / "figures" / "sweep.txt").read_text()
     said = capsys.readouterr().out
     assert (report / "tables" / "sweep.txt").read_text() in said and "2 of 5 runs are finished" in said
 
@@ -175,7 +176,8 @@ def test_the_figure_shows_layers_where_there_are_several(study):
 
 def planted_row(k: int, lr: float, own: int | None) -> Row:
     settings = {"hookpoint": "block1", "crosscoder.k": k, "training.lr": lr}
-    return Row("p", settings, FINISHED, k, {"a": k / 10}, {} if own is None else {"a": own}, {"a": 7})
+    analysed = {} if own is None else {"base": 5, "a": own}
+    return Row("p", settings, FINISHED, k, {"a": k / 10}, analysed, {"base": 9, "a": 7})
 
 
 def lines_of(axes) -> list[list[list[float]]]:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
+import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from analysis.tables import (
     Table,
@@ -47,10 +52,57 @@ def test_latex_has_no_control_characters_and_no_more_rows_than_a_page() -> None:
     assert csv_of(long).count("\n") == 301
 
 
+def test_a_label_holds_nothing_that_parts_a_list_of_labels() -> None:
+    assert r"\label{tab:agreement_a_b-k-2}" in latex_of(replace(TABLE, name="agreement_a_b,k=2"))
+
+
+def test_latex_prints_what_pdflatex_knows_and_says_what_it_left_out() -> None:
+    assert escape_latex("日本 ok \U0001f600\ud83d Łukasz, Müller’s |ν| ≥ 1") == (
+        r"[?] ok [?] [?]ukasz, Müller’s \textbar{}$\nu$\textbar{} $\geq$ 1"
+    )
+    odd = Table("odd", "Odd.", ["x"], [["日本"]], ["x"], [["日本"]])
+    assert latex_of(odd).startswith("% [?]: characters that pdfLaTeX cannot print. odd.csv holds them.\n")
+    assert "[?]" not in latex_of(TABLE) and "日本" in csv_of(odd)
+
+
+def test_a_row_that_begins_with_a_bracket_or_star_is_no_option_of_the_row_before() -> None:
+    rows = [["[…]", "1"], ["*", "2"], ["plain", "3"]]
+    lines = latex_of(Table("t", "T", ["a", "b"], [], ["a", "b"], rows)).splitlines()
+    assert [line for line in lines if line.endswith(r"\\")][1:] == [r"{}[…] & 1 \\", r"{}* & 2 \\", r"plain & 3 \\"]
+
+
+def test_the_note_stands_below_the_latex_table_and_in_a_text_file(tmp_path: Path) -> None:
+    noted = replace(TABLE, note="May not be claimed: 5 % more.")
+    before, after = latex_of(noted).split(r"\end{tabular}")
+    assert r"5 \% more" in after and "claimed" not in before
+    write_table(noted, tmp_path)
+    assert (tmp_path / "t.txt").read_text() == "May not be claimed: 5 % more.\n"
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdfLaTeX here")
+def test_pdflatex_compiles_a_wide_table_of_odd_text_within_the_width_of_the_text(tmp_path: Path) -> None:
+    characters = "".join(map(chr, [*range(0x20, 0x250), *range(0x370, 0x400), *range(0x2010, 0x2300), 0x65E5, 0x1F600]))
+    cells = [characters[start : start + 40] for start in range(0, len(characters), 40)]
+    rows = [[f"{character}x", *cells[:8]] for character in characters[:0x60]]
+    for name, part in (("first", rows[:40]), ("last", rows[40:80])):
+        write_table(Table(name, "Odd: |ν| ≥ 1", ["a"], [], list("[bcdefghi"), part, "A note."), tmp_path)
+    tables = r"\input{first}\clearpage\input{last}"
+    text = rf"\documentclass{{article}}\usepackage{{booktabs,graphicx}}\begin{{document}}{tables}\end{{document}}"
+    (tmp_path / "paper.tex").write_text(text)
+    command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "paper.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+    said = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, said[-2000:]
+    assert "too wide" not in said
+
+
 def test_latex_is_a_booktabs_table() -> None:
     lines = latex_of(TABLE).splitlines()
     assert r"\caption{A \& B}" in lines
     assert r"\begin{tabular}{lr}" in lines
+    assert lines[lines.index(r"\begin{tabular}{lr}") - 1] == (
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+    )
     rules = [lines.index(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")]
     assert rules == sorted(rules)
     assert lines[rules[0] + 1] == r"name & x (\%) \\"

@@ -253,6 +253,16 @@ def test_tags_csv(tmp_path: Path) -> None:
     assert 0.8 < float(found[1]["f1_low"]) < float(found[1]["f1_high"]) == float(found[1]["auroc_high"]) == 1
 
 
+def test_a_set_of_models_that_owns_latents_has_a_row(tmp_path: Path) -> None:
+    settings, folder = analysed(tmp_path)
+    settings.pairs["base_tuned"] = ["base", "tuned", "third"]
+    owners = ["tuned+third", "base", "shared"]
+    pq.write_table(pa.table({"latent": [0, 1, 2], "owner": owners}), tmp_path / "latents.parquet")
+    found = [(row["owner"], row["latent"], row["found"]) for row in table(write_tags(settings, folder))]
+    assert [owner for owner, *_ in found] == ["base", "tuned", "third", "tuned+third"]
+    assert found[1][1] == found[2][1] == "" and found[3][1:] == ("0", "True")
+
+
 def test_another_tag_is_attributed_to_its_model(tmp_path: Path) -> None:
     settings, folder = analysed(tmp_path, tag="answered_by")
     found = {(row["value"], row["owner"]): row for row in table(write_tags(settings, folder))}

@@ -10,7 +10,7 @@ from analysis.annotate.step import annotate
 from analysis.compare.step import compare
 from analysis.report.step import report
 from analysis.taxonomy.step import categorise
-from analysis.tracking import latents_by_owner, track
+from analysis.tracking import files_of, latents_by_owner, track
 from tests.analysis.made_study import make_study
 from tests.wandb_files import isolate, offline_parts
 from train.metric_table import METRICS, NUMBER
@@ -22,6 +22,25 @@ def test_latents_are_counted_by_owner(tmp_path: Path):
     assert latents_by_owner(table) == {"analysis/latents/a/base": 3, "analysis/latents/a/shared": 7}
 
 
+def test_what_no_report_of_today_wrote_is_neither_kept_nor_sent(tmp_path: Path):
+    settings, folders = make_study(tmp_path)
+    settings.analysis.taxonomy.encoder = "tfidf"
+    for folder in folders:
+        annotate(settings, folder)
+        categorise(settings, folder)
+    target = report(settings, folders).parent
+    gone = [path for name in ("figures", "tables") for path in (target / name).glob("*dpo*")]
+    own = [target / "figures" / "figure1_base_dpo_for_the_talk.pdf", target / "tables" / "class_notes.csv"]
+    for path in own:
+        path.write_text("a user's own")
+    assert len(gone) > 20
+    report(settings, folders[:1])  # the pair base_dpo and its comparison are gone
+    assert not [path for path in gone if path.exists()] and all(path.exists() for path in own)
+    sent = files_of(settings, folders[:1], target)
+    assert {"report/index.html", "report/tables/owners.csv", "report/figures/flow.png"} <= set(sent)
+    assert not set(own) & set(sent.values())
+
+
 @pytest.mark.slow
 def test_an_analysis_is_a_run_with_tables_and_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     isolate(monkeypatch, tmp_path)
@@ -31,7 +50,7 @@ def test_an_analysis_is_a_run_with_tables_and_the_report(tmp_path: Path, monkeyp
         categorise(settings, folder)
     settings.tracking.mode = "offline"
     settings.tracking.start_timeout_s = settings.tracking.end_timeout_s = 300.0
-    compare(settings, folders)
+    compare(settings, folders, Path(settings.outputs) / "report")
     target = report(settings, folders).parent
     track(settings, folders, target)
     track(settings, folders, target)
@@ -41,8 +60,8 @@ def test_an_analysis_is_a_run_with_tables_and_the_report(tmp_path: Path, monkeyp
     assert (row["_step"], again["_step"]) == (0, 1)
     shown = {name.removesuffix("._type") for name in row if name.endswith("._type")}
     numbers = {name for name in row if name.startswith("analysis/latents/")}
-    tables = [f"{kind}{level}_simpo_dpo" for kind in ("", "changes_") for level in ("class", "category")]
-    compared = {f"analysis/comparisons/{name}" for name in (*tables, "flow")}
+    tables = [f"{kind}{level}_simpo_dpo" for kind in ("", "changes_", "certain_") for level in ("class", "category")]
+    compared = {f"analysis/comparisons/{name}" for name in (*tables, "comparisons", "flow")}
     assert shown == {"analysis/owners", "analysis/report", *compared} | {
         f"analysis/{table}/{folder.name}" for table in ("categories", "classes") for folder in folders
     }

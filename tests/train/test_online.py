@@ -48,6 +48,7 @@ def test_the_stream_is_the_stored_one_bit_for_bit(study, online, own):
     assert computed.share_dropped == pytest.approx(stored.share_dropped, abs=1e-12)
     assert (stored.share_dropped > 0.06) == ("kept.max_norm_ratio=1.25" in own or "kept.skip_first_tokens=3" in own)
     assert np.array_equal(computed.train_tokens, stored.train_tokens)
+    assert computed.weights == stored.weights and all(weights["files"] for weights in stored.weights.values())
     streams = [stream_of(data, settings) for data in (stored, computed)]
     for step in range(5 * int(stored.train_tokens.sum()) // (2 * 64)):
         expected, found = (stream.batch(step) for stream in streams)

@@ -133,6 +133,15 @@ def test_a_finished_run_without_checkpoints_is_still_checked(copied):
         train(settings, run)
 
 
+def test_a_crosscoder_from_before_weights_were_recorded_is_finished(copied):
+    settings, run = copied
+    config = json.loads((run / "crosscoder" / "config.json").read_text())
+    assert config["trained_with"].pop("weights") == {"base": {}, "tuned": {}}  # a store that does not say them
+    (run / "crosscoder" / "config.json").write_text(json.dumps(config))
+    assert train(settings, run) == run / "crosscoder"
+    assert json.loads((run / "crosscoder" / "config.json").read_text()) == config
+
+
 def test_a_run_of_which_all_is_gone_says_so_and_is_trained_again(copied, finished, caplog):
     settings, run = copied
     shutil.rmtree(run / "checkpoints")

@@ -92,7 +92,7 @@
       fact("Δ-norm", number(card.delta)),
       fact("ν error", number(card.error, 3), make("span", "empty", interval(card.errorRange, 2))),
       fact("ν reconstruction", number(card.reconstruction, 3), make("span", "empty", interval(card.reconstructionRange, 2))),
-      fact("fires on", card.frequency === null ? "–" : `${number(100 * card.frequency, 3)} %`),
+      fact("fires on", `${card.frequency === null ? "–" : number(100 * card.frequency, 3)} % of tokens${card.numDocuments === null ? "" : `, in ${card.numDocuments.toLocaleString("en")} documents`}`),
       fact("max", number(card.max, 1)),
       fact("", card.dedicated ? "dedicated" : "free"),
       fact("ν", card.certainty));

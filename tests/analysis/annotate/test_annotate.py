@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.annotate.annotations import write_annotations
+from analysis.annotate.annotations import ANNOTATOR, Annotation, read_annotations, write_annotations
 from analysis.annotate.offline import describe, fragment, judge
-from analysis.annotate.step import ANNOTATOR, Annotation, annotate, read_annotations
+from analysis.annotate.step import annotate
 from analysis.config import AnnotateConfig
 from analysis.examples.database import Example
 from analysis.examples.wording import (

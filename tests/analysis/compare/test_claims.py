@@ -76,6 +76,9 @@ def test_votes_that_differ_take_a_claim_away() -> None:
     # 1.2 votes for x are drawn on average, and none in (1 - 0.3 x 0.1)^40 = 30 % of the resamples.
     assert other.changes[0].bootstrap_difference_low == 0 and "or other votes" in other.changes[0].claim
     assert other.changes[0].q < 0.05 and other.changes[0].q_clusters < 0.05
+    # By the second votes no latent is in x: p of the whole is 1.
+    assert one.differs_as_a_whole and not other.differs_as_a_whole
+    assert "p < 0.001, p = 1.00 by other votes, so that a difference as a whole may not be claimed" in other.claim
 
 
 def test_without_near_duplicates_the_test_by_clusters_is_fishers() -> None:
@@ -104,18 +107,17 @@ def test_near_duplicates_do_not_make_claims_out_of_nothing() -> None:
 
 
 def test_different_annotators_take_all_claims_away() -> None:
-    for annotators in (
-        ({"offline"}, {"llm"}),
-        ({"llm"}, {"llm", "people (ann)"}),
-        ({"people (ann)"}, {"people (bob)"}),
+    for *annotators, first, second in (
+        ({"offline"}, {"llm"}, "offline", "llm"),
+        ({"llm"}, {"llm", "people (ann)"}, "llm", "llm and people"),
+        ({"people (ann)"}, {"people (bob)"}, "people", "other people"),
     ):
         sides = tuple(Side(40, 0, frozenset(one)) for one in annotators)
         (comparison,) = compare_counts(made_counts(sides), CONFIG)
-        first, second = (" and ".join(sorted(one)) for one in annotators)
         assert comparison.claim.startswith(
             f"Nothing may be claimed: the latents of a were named by {first}, those of b by {second}"
         )
-        assert not comparison.changes[0].may_be_claimed
+        assert not comparison.changes[0].may_be_claimed and not comparison.differs_as_a_whole
         assert "different annotators" in comparison.changes[0].claim
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import subprocess
 import sys
 import time
@@ -15,12 +14,12 @@ from analysis.annotate.step import annotate
 from analysis.compare.changes import Change, Comparison
 from analysis.compare.command import compare_file, counts_settings, default_folder, show
 from analysis.compare.config import CompareConfig
-from analysis.compare.counts import columns_of_folders, read_counts
+from analysis.compare.counts import read_counts
 from analysis.compare.pairwise import compare_counts, pairs_of_models
 from analysis.compare.step import check_reference, compare, comparisons_of, outputs_of
 from analysis.taxonomy.step import categorise, load_taxonomy
 from extract.errors import BadInput
-from tests.analysis.made_study import make_study, write_latents
+from tests.analysis.made_study import make_study
 
 CONFIG = CompareConfig(resamples=2000)
 
@@ -57,24 +56,6 @@ def test_a_true_difference_is_claimed_and_the_rest_is_not(tmp_path: Path) -> Non
     assert two.claim.startswith("May not be claimed: that b has more or less of it (48 of 200 against 50 of 200")
 
 
-def test_what_would_have_been_found_is_said_in_the_direction_of_the_change(tmp_path: Path) -> None:
-    rows: list[list[object]] = [
-        ["up", 20, 22],
-        ["down", 60, 50],
-        ["rare", 1, 0],
-        ["none", 0, 0],
-        ["unclassified", 19, 28],
-    ]
-    (comparison,) = compared(write_counts(tmp_path / "c.csv", ["category", "a", "b"], rows))
-    up, down, rare, none = comparison.changes
-    rise, doubling = f"{100 * up.detectable_rise:.0f}", f"{100 * up.power_of_doubling:.0f}"
-    assert f"a rise of {rise}\u00a0% or more; a doubling, with {doubling}\u00a0%." in up.claim
-    assert f"a fall of {-100 * down.detectable_fall:.0f}\u00a0% or more." in down.claim
-    assert "Not even its absence from the latents of b would have been found" in rare.claim
-    assert none.claim.startswith("Nothing may be claimed: no latent of either model")
-    assert math.isnan(none.chance) and math.isnan(none.change)
-
-
 def test_all_comparisons_are_corrected_together(tmp_path: Path) -> None:
     rows: list[list[object]] = [["x", 2, 14, 3], ["y", 20, 20, 25], ["unclassified", 78, 66, 72]]
     path = write_counts(tmp_path / "c.csv", ["category", "a", "b", "c"], rows)
@@ -88,21 +69,10 @@ def test_all_comparisons_are_corrected_together(tmp_path: Path) -> None:
 
 
 def test_a_category_without_a_row_counts_as_a_test(tmp_path: Path) -> None:
-    rows: list[list[object]] = [["Creative Generation", 5, 60], ["unclassified", 195, 140]]
+    rows: list[list[object]] = [["Creative Generation", 5, 18], ["unclassified", 195, 182]]
     (comparison,) = compared(write_counts(tmp_path / "c.csv", ["category", "a", "b"], rows))
     (change,) = comparison.changes
-    assert comparison.num_names == 30 and change.q == pytest.approx(30 * change.p)
-
-
-def test_classes_come_from_files_of_all_categories_alone(tmp_path: Path) -> None:
-    names = [category.name for category in load_taxonomy()]
-    rows: list[list[object]] = [[name, 1, 2] for name in names]
-    classes, categories = compared(write_counts(tmp_path / "all.csv", ["category", "a", "b"], rows))
-    assert (classes.level, categories.level) == ("class", "category")
-    safety = change_named(classes, "Safety & Content Moderation")
-    assert (safety.count_a, safety.count_b) == (6, 12)
-    (alone,) = compared(write_counts(tmp_path / "most.csv", ["category", "a", "b"], rows[1:]))
-    assert alone.level == "category"
+    assert comparison.num_names == 30 and 0.001 < change.p < 0.02 and change.q == pytest.approx(30 * change.p)
 
 
 def test_which_models_are_compared() -> None:
@@ -122,62 +92,6 @@ def test_counts_alone_say_what_they_do_not_know(tmp_path: Path) -> None:
     # Unclassified latents count towards the totals alone.
     assert [change.name for change in comparison.changes] == ["x"]
     assert (comparison.changes[0].share_a, comparison.changes[0].share_b) == (0.25, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ("", "first line"),
-        ("category,it\nx,1\n", "at least two"),
-        ("Safety & Content Moderation,18,19\nLinguistic Capabilities,7,8\n", "the first line is 'Safety & Content"),
-        ("category,18,19\nx,7,8\n", "by names that are no numbers"),
-        ("category,it,0.5\nx,7,8\n", "by names that are no numbers"),
-        (",it,dpo\nx,7,8\n", "first line is ',it,dpo'"),
-        ("category,it,dpo,\nx,7,8,9\n", "at least two different models"),
-        ("category,it,dpo\n,3,4\nx,1,2\n", "line 2 names no category"),
-        ("category,it,dpo\n\n\nx,1,2\nx,3,4\n", "line 5: 'x' occurs twice"),
-        (f"category,it,dpo\n{'x' * 200_000},1,2\n", "line 2, is no CSV: field larger"),
-        ("category,it,dpo\nx,1000000000000,2\n", "line 2: 1000000000000 latents in row 'x' are more than 100000"),
-        (f"category,it,dpo\nx,{'9' * 5000},2\n", "are more than 100000"),
-        ("category,it,dpo\nx,60000,2\ny,60000,2\n", "it has 120000 latents, more than 100000"),
-        (
-            "category,it,dpo\nSaftey & Content Moderation,1,2\nLinguistic Capabilities,3,4\n",
-            "'Saftey & Content Moderation' is not in the taxonomy, which has 'Linguistic Capabilities'. "
-            "Did you mean 'Safety & Content Moderation'",
-        ),
-        (
-            "category,it,dpo\nCode Generation & Analysis,1,2\nLinguistic Capabilities,3,4\n",
-            "'Linguistic Capabilities' is a class and 'Code Generation & Analysis' a category",
-        ),
-        ("category,it,it\nx,1,2\n", "different models"),
-        ("Category;it;dpo\nx;0,5;2\n", "line 2: '0,5' in row 'x' is not a count"),
-        ("category,it,dpo\nx,0.5,2\n", "'0.5' in row 'x' is not a count"),
-        ("category,it,dpo\nx,-1,2\n", "'-1'"),
-        ("category,it,dpo\nx,1\n", "1 counts for 2 models"),
-        ("category,it,dpo\nx,1,2\nx,1,2\n", "'x' occurs twice"),
-        ("category,it,dpo\nx,0,2\n", "it has no latents"),
-        ("category,it,dpo\nunclassified,3,4\n", "no row names a category"),
-    ],
-)
-def test_bad_counts_are_named(tmp_path: Path, content: str, problem: str) -> None:
-    path = tmp_path / "counts.csv"
-    path.write_text(content)
-    with pytest.raises(BadInput, match=problem):
-        read_counts(path, load_taxonomy())
-
-
-def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "counts.csv"
-    path.write_bytes("category,it,dpo\nübrig,1,2\n".encode("latin-1"))
-    with pytest.raises(BadInput, match=r"counts\.csv\) is not UTF-8"):
-        read_counts(path, load_taxonomy())
-
-
-def test_spreadsheets_semicolons_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "counts.csv"
-    path.write_bytes(b"\xef\xbb\xbfCategory;it;dpo\r\n x ;1;2\r\n;;\r\n")
-    (counts,) = read_counts(path, load_taxonomy())
-    assert (counts.models, counts.by_name, counts.totals) == (["it", "dpo"], {"x": [1, 2]}, [1, 2])
 
 
 def test_the_largest_files_are_compared_in_seconds(tmp_path: Path) -> None:
@@ -205,11 +119,6 @@ def test_names_of_another_taxonomy_are_said_to_be(tmp_path: Path, capsys: pytest
     assert "No row is in the taxonomy: the tests are corrected for the 2 names" in capsys.readouterr().out
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"nothing\.csv"):
-        read_counts(tmp_path / "nothing.csv", load_taxonomy())
-
-
 def test_only_pairs_that_share_a_base_are_compared(tmp_path: Path) -> None:
     settings, folders = make_study(tmp_path)
     settings.analysis.taxonomy.encoder = "tfidf"
@@ -217,7 +126,7 @@ def test_only_pairs_that_share_a_base_are_compared(tmp_path: Path) -> None:
     for folder in folders:
         annotate(settings, folder)
         categorise(settings, folder)
-    comparisons = compare(settings, folders)
+    comparisons = compare(settings, folders, tmp_path / "report")
     assert [(c.level, c.model_a, c.model_b) for c in comparisons] == [
         ("class", "simpo", "dpo"),
         ("category", "simpo", "dpo"),
@@ -227,37 +136,21 @@ def test_only_pairs_that_share_a_base_are_compared(tmp_path: Path) -> None:
     assert comparisons[0].annotator == comparisons[1].annotator == "offline (n-grams), category by TF-IDF"
     tables = tmp_path / "report" / "tables"
     for name in ("category_simpo_dpo", "class_simpo_dpo"):
-        assert "Annotator: offline (n-grams), category by TF-IDF." in (tables / f"{name}.tex").read_text()
+        assert "Annotator: offline (n-grams), category by TF-IDF." in (tables / f"{name}.txt").read_text()
         with (tables / f"{name}.csv").open(newline="") as file:
             assert {row["annotator"] for row in csv.DictReader(file)} == {comparisons[0].annotator}
-    written = sorted(path.name for path in tables.iterdir())
-    names = ["category_simpo_dpo", "changes_category_simpo_dpo", "changes_class_simpo_dpo", "class_simpo_dpo", "flow"]
-    assert written == [f"{name}.{ending}" for name in names for ending in ("csv", "tex")]
+    names = [f"{kind}{level}_simpo_dpo" for kind in ("", "certain_", "changes_") for level in ("category", "class")]
+    files = {f"{name}.{ending}" for name in [*names, "comparisons", "flow"] for ending in ("csv", "tex")}
+    assert {path.name for path in tables.iterdir()} == files | {f"{name}.txt" for name in names}
     config = settings.analysis.compare
-    assert sorted(outputs_of(config, folders)) == [f"tables/{name}" for name in written]
-    for name in (
-        "class_simpo_gone.csv",
-        "changes_category_a_b.tex",
-        "leaderboard_a_b.csv",
-        "owners.csv",
-        "class_a.txt",
-    ):
-        (tables / name).write_text("of an earlier run")
-    compare(settings, folders)
-    assert {path.name for path in tables.iterdir()} - set(written) == {"owners.csv", "class_a.txt"}
+    assert set(outputs_of(config, folders)) == {f"tables/{name}" for name in files}
+    own = {"owners.csv", "class_simpo_notes.csv", "leaderboard_a_b.tex"}
+    for name in own:
+        (tables / name).write_text("not of a comparison")
+    compare(settings, folders[:1], tmp_path / "report")
+    assert {path.name for path in tables.iterdir()} == own | {"flow.csv", "flow.tex"}
     assert comparisons_of(settings, folders[:1]) == []
     assert outputs_of(config, folders[:1]) == ("tables/flow.csv", "tables/flow.tex")
-
-
-def test_columns_are_named_after_tuned_models_and_folders_where_these_repeat(tmp_path: Path) -> None:
-    def folder(name: str, models: list[str]) -> Path:
-        (tmp_path / name).mkdir()
-        write_latents(tmp_path / name / "latents.parquet", models, {300})
-        return tmp_path / name
-
-    both, a, again = folder("b_a_c", ["b", "a", "c"]), folder("b_a", ["b", "a"]), folder("b_d", ["b", "d"])
-    assert list(columns_of_folders([both, again])) == ["a", "c", "d"]
-    assert columns_of_folders([both, a]) == {"b_a_c a": (both, "a"), "b_a_c c": (both, "c"), "b_a": (a, "a")}
 
 
 def test_the_terminal_shows_names_with_latents_and_each_caveat_once(tmp_path: Path) -> None:
@@ -271,7 +164,10 @@ def test_the_terminal_shows_names_with_latents_and_each_caveat_once(tmp_path: Pa
 @pytest.mark.parametrize(
     ("argument", "problem"),
     [
-        ("reasmples=200", "reasmples.*Settings beside counts=FILE: .*resamples"),
+        ("reasmples=200", "reasmples=200 is not a setting. Did you mean 'resamples'.*counts=FILE: .*resamples"),
+        ("every_pair", "every_pair has no value. Settings are name=value"),
+        ("confidence=x", "confidence: Value 'x' .* could not be converted to Float"),
+        ("taxonomy=none.yaml", r"^taxonomy \(none.yaml\) is not a file"),
         ("confidence=95", r"confidence \(95.0\) must lie between 0 and 1"),
         ("seed=-1", r"^seed \(-1\) must be at least 0"),
         ("resamples=0", r"resamples \(0\) must be at least 1"),

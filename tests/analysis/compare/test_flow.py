@@ -22,6 +22,7 @@ from analysis.human import HumanLabel, append_label
 from analysis.taxonomy.categories import Placed, write_categories
 from analysis.taxonomy.step import load_taxonomy
 from extract.errors import BadInput
+from tests.analysis.made_study import write_record
 
 CATEGORIES = load_taxonomy()
 CODE, STYLE, OTHER = "Code Generation & Analysis", "Grammar & Style Analysis", "other"
@@ -42,11 +43,16 @@ NUM = 40
 
 
 def make_folder(root: Path, tuned: str = "tuned", group: bool = True) -> Path:
-    """An analysis folder: latents 10 and 17 are near-duplicates, 30 is of the base."""
+    """An analysis folder: latents 10 and 17 are near-duplicates, 30 is of the base, 15 to 17 uncertain by their nu."""
     folder = root / f"base_{tuned}"
     folder.mkdir(parents=True)
     owner = [tuned if 10 <= i <= 18 else "base" if i == 30 else "shared" for i in range(NUM)]
     columns = {"latent": list(range(NUM)), "owner": owner, "norm_base": [1.0] * NUM, f"norm_{tuned}": [1.0] * NUM}
+    columns |= {"dedicated": [False] * NUM, f"nu_error_{tuned}_low": [0.1] * NUM}
+    # Where a latent fires in too few documents, there is no interval.
+    columns[f"nu_error_{tuned}_high"] = [0.3 if 15 <= i <= 17 else math.nan if i == 18 else 0.15 for i in range(NUM)]
+    columns |= {f"nu_reconstruction_{tuned}_{end}": [0.2] * NUM for end in ("low", "high")}
+    write_record(folder)
     groups = pa.array([10 if i == 17 else i for i in range(NUM)], pa.int32())
     pq.write_table(pa.table(columns | ({"group": groups} if group else {})), folder / "latents.parquet")
     line = Annotation(0, "", "label", "text", "high", "", "stub", 5, (), ())
@@ -148,7 +154,7 @@ def test_people_take_the_place_of_annotators_only_where_they_are_to(tmp_path: Pa
     # 12 from other to STYLE (the last label), 13 from lost to CODE; 16 has no category from people, 25 is nobody's.
     assert counts.totals == [6, 5]
     assert counts.by_name[CODE] == [4, 3] and counts.by_name[STYLE] == [2, 1]
-    assert counts.sides[0].num_by_people == 2 and counts.annotator == "people (ann); stub"
+    assert counts.sides[0].num_by_people == 2 and counts.annotator == "people; stub"
     assert [set(side.annotators) for side in counts.sides] == [{"people (ann)", "stub"}, {"stub"}]
     rows = [row for row in flow_of(folders[0], CATEGORIES, human_labels=True) if row.model == "tuned"]
     assert {row.outcome: row.count for row in rows if row.stage == "categorised"} == {
@@ -163,12 +169,12 @@ def test_nothing_may_be_claimed_where_people_labelled_one_side_alone(tmp_path: P
     for latent in range(10, 18):
         append_label(folders[0], said(latent, STYLE))
     for comparison in compare_folders(folders):
-        assert "latents of tuned were named by people (ann), those of second by stub" in comparison.claim
+        assert "latents of tuned were named by people, those of second by stub" in comparison.claim
         assert not any(change.may_be_claimed for change in comparison.changes)
         assert "People put 8 (100\u00a0%) and 0 (0\u00a0%) of them into their categories: how far" in comparison.caveat
     for latent in range(10, 18):
         append_label(folders[1], said(latent, CODE, "bob"))
-    assert all("people (ann), those of second by people (bob)" in one.claim for one in compare_folders(folders))
+    assert all("named by people, those of second by other people" in one.claim for one in compare_folders(folders))
     for latent in range(10, 18):
         append_label(folders[1], said(latent, CODE))
     classes, categories = compare_folders(folders)

@@ -20,8 +20,8 @@ from extract.errors import BadInput
 NAMES = ["Safety", "Code", "Writing", "Language"]
 HEADER = "category,model,elo,elo_low,elo_high,style_control,taxonomy\n"
 BOARD = HEADER + (
-    "coding,it,1200,1190,1210,no,Code\n"
-    "coding,simpo,1240,1232,1248,no,Code\n"
+    "coding,it,1200,1190,1206,no,Code\n"
+    "coding,simpo,1240,1232,1247,no,Code\n"
     "coding,it,1205,1195,1215,yes,\n"
     "coding,simpo,1195,1187,1203,yes,\n"
     "creative writing,it,1210,,,no,Writing\n"
@@ -56,9 +56,11 @@ def test_elo_beside_shares_by_hand(tmp_path: Path) -> None:
     board = read_leaderboard(write(tmp_path / "b.csv", BOARD), {}, NAMES)
     coding, controlled, writing, language = rows_of(board, "it", "simpo", comparisons())
     assert (coding.elo_difference, controlled.elo_difference, writing.elo_difference) == (40, -10, 50)
-    # 40 - sqrt((1240 - 1232)^2 + (1210 - 1200)^2) and the same upwards.
-    assert coding.elo_difference_low == pytest.approx(40 - math.sqrt(164))
-    assert coding.elo_difference_high == pytest.approx(40 + math.sqrt(164))
+    # Down as far as simpo's lower and it's upper end, up as far as the other two.
+    assert coding.elo_difference_low == pytest.approx(40 - math.hypot(1240 - 1232, 1206 - 1200))
+    assert coding.elo_difference_high == pytest.approx(40 + math.hypot(1247 - 1240, 1200 - 1190))
+    # -10 +- sqrt(8^2 + 10^2) holds 0, and without an interval nothing is known.
+    assert coding.elo_differs and not controlled.elo_differs and not writing.elo_differs
     assert math.isnan(writing.elo_difference_low)
     assert coding.difference == pytest.approx(9 / 80 - 4 / 100)
     # Code rises with Elo, and against it with style control; Writing rises, Language falls, both with Elo.
@@ -73,12 +75,14 @@ def test_agreement_is_stated_with_its_tests_and_caveat(tmp_path: Path) -> None:
         "Without style control 3 of 3 categories change in the direction of Elo (44\u00a0% to 100\u00a0%, p = 0.25)"
         in said
     )
-    assert "rank correlation +0.50 (p = 1.00)" in said
-    assert "With style control 0 of 1 categories" in said
+    certain = "; of those where the interval of Elo's difference excludes 0"
+    assert f"{certain}, 1 of 1; rank correlation +0.50 (p = 1.00)" in said
+    assert "With style control 0 of 1 categories" in said and f"{certain}, none." in said
     assert "May not be claimed: that latents explain the Elo of it or simpo. The evidence is 3 categories" in said
     assert table.name == "leaderboard_it_simpo" and table.raw[0][0] == "coding"
-    assert table.printed[0][:6] == ["coding", "no", "1200", "1240", "+40", "[+27, +53]"]
-    assert table.printed[2][5] == "–"
+    assert table.printed[0][:6] == ["coding", "no", "1200", "1240", "+40", "[+30, +52]"]  # 8 and 6 down, 7 and 10 up
+    assert [row[6] for row in table.printed] == ["yes", "no", "–", "–"] and table.printed[2][5] == "–"
+    assert len(table.heading) == len(table.printed[0])
 
 
 def test_level_categories_decide_nothing(tmp_path: Path) -> None:
@@ -153,4 +157,5 @@ def test_the_command_shows_and_writes_it(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "o").glob("leaderboard*")} == {
         "leaderboard_it_SimPO.csv",
         "leaderboard_it_SimPO.tex",
+        "leaderboard_it_SimPO.txt",
     }

@@ -128,6 +128,14 @@ def test_differences_of_single_names_by_enumeration() -> None:
     assert p == pytest.approx([8 / 20], abs=0.015)
 
 
+def test_no_p_is_smaller_than_the_number_of_permutations_allows() -> None:
+    # 30 of 30 against none of 30: none of 20 permutations is as extreme, and what was observed is one itself.
+    observed, units = np.array([[30, 0], [0, 30]]), [units_of_counts([30], 0), units_of_counts([0], 30)]
+    dealt = dealt_out(units, 1, 20)
+    found = [*differences(observed, dealt), homogeneity(observed, dealt), *chance_of_change(observed, dealt)]
+    assert found == pytest.approx([1 / 21] * 3)
+
+
 def test_chance_by_enumeration() -> None:
     # Four latents of two categories (2 and 2) dealt to two models of two: the observed rise of category 0 from one to
     # one is none; from 0 to 2 it is infinite, and some category rises so in both extreme deals out of six.

@@ -101,3 +101,10 @@ def test_benjamini_hochberg_by_hand() -> None:
     # p * 4 / rank = .04, .06, .0533, .5; then the running minimum from the largest p.
     assert statistics.benjamini_hochberg([0.01, 0.03, 0.04, 0.5]) == pytest.approx([0.04, 0.16 / 3, 0.16 / 3, 0.5])
     assert statistics.benjamini_hochberg([]) == []
+
+
+def test_holm_by_hand() -> None:
+    # Sorted .005 * 4, .01 * 3, .03 * 2, .04 * 1; then the running maximum from the smallest p.
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.6, 0.7]) == [1, 1]
+    assert statistics.holm([]) == []

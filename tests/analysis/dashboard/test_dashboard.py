@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from analysis.annotate.step import annotate
+from analysis.compare.statistics import wilson
 from analysis.config import AnalysisSettings
 from analysis.dashboard.app import Study, make_app
-from analysis.dashboard.comparing import Side
+from analysis.dashboard.comparing import Side, latents_of, share_table
 from analysis.dashboard.crosscoders import folders_in, load, own_nu
 from analysis.dashboard.documents import shown_documents
 from analysis.dashboard.filters import NO_CATEGORY, PAGE, Filter, matching, num_pages, page_of
@@ -51,6 +52,11 @@ def test_filters_by_owner_nu_and_text(simpo: Path) -> None:
     below = set(matching(crosscoder, Filter(nu=((None, 0.3), (None, None)))).tolist())
     error, columns = crosscoder.nu["nu_error"], crosscoder.columns
     assert below == {i for i in range(NUM_LATENTS) if abs(error[i]) <= 0.3} >= {300, 301, 302}
+    above = set(matching(crosscoder, Filter(nu=((0.3, None), (None, None)))).tolist())
+    assert above == {i for i in range(NUM_LATENTS) if abs(error[i]) >= 0.3} and above
+    between = set(matching(crosscoder, Filter(nu=((None, 0.3), (0.4, 0.6)))).tolist())
+    reconstruction = crosscoder.nu["nu_reconstruction"]
+    assert between == {i for i in below if 0.4 <= abs(reconstruction[i]) <= 0.6} and between < below
     # A bound leaves out the latents that never fired: they have no nu.
     dead = {i for i in range(NUM_LATENTS) if columns["owner"][i] == "dead"}
     assert dead and not dead & set(matching(crosscoder, Filter(nu=((0.0, None), (None, None)))))
@@ -112,7 +118,7 @@ def test_crosscoders_of_many_models_and_without_annotations_are_shown(tmp_path: 
     assert list(crosscoder.owners()) == ["simpo", "simpo+dpo", "other"]
     assert set(matching(crosscoder, Filter(nu=((None, 0.3), (None, 0.3))))) == {300, 301}
     shown = str(facts(crosscoder, 301))
-    assert "not annotated" in shown and "nu_error_dpo_base" in shown and "delta_norm_base_dpo" in shown
+    assert "not annotated" in shown and "ν error of dpo towards base" in shown and "Δ-norm of dpo against base" in shown
     assert "300" in str(table(crosscoder, [300, 301], 300))
 
 
@@ -133,6 +139,46 @@ def test_labels_by_hand_take_the_place_of_the_annotators(tmp_path: Path) -> None
     assert set(matching(after, Filter(search="financial advice"))) == {300}
     assert before.annotations[300].label in str(facts(after, 300)) and "anna" in str(facts(after, 300))
     assert Side(after, "simpo").counts()["Creative Generation"] >= 1
+    assert (Side(before, "simpo").counted, Side(after, "simpo").counted) == ("(3)", "(3, 2 of them by hand)")
+    assert "simpo in base_simpo (3, 2 of them by hand)" in str(
+        share_table(Side(after, "simpo"), Side(after, "dpo"), "category", lambda one: one.counts())
+    )
+    append_label(folder, HumanLabel(5, "nobody's", "other", "", "anna", "now"))
+    assert Side(load(folder), "simpo").latents() == [300, 301, 302] and 5 in load(folder).human
+
+
+def test_every_nu_is_shown_with_its_interval(simpo: Path) -> None:
+    crosscoder = load(simpo)
+    nu, low, high = (f"{crosscoder.columns[f'nu_error_simpo{end}'][300]:.3g}" for end in ("", "_low", "_high"))
+    shown = str(facts(crosscoder, 300))
+    assert f"Dd('{nu} ({low} to {high})')" in shown
+    # The base has no decoder row of it: no nu, and no interval.
+    assert "Dt('ν error of base'), Dd('–')" in shown
+
+
+def test_near_duplicates_are_linked(simpo: Path) -> None:
+    """301 is one of 300."""
+    links = {latent: str(facts(load(simpo), latent)).count("/latent/base_simpo/") for latent in (300, 301, 302)}
+    assert links == {300: 1, 301: 1, 302: 0}
+    assert "/latent/base_simpo/301" in str(facts(load(simpo), 300))
+
+
+def test_shares_are_compared_with_their_intervals(simpo: Path) -> None:
+    side, other = Side(load(simpo), "simpo"), Side(load(simpo), "dpo")
+    shown = str(share_table(side, other, "category", lambda one: one.counts()))
+    for count in side.counts().values():
+        low, high = wilson(count, 3)
+        assert f"{count / 3:.1%} ({low:.1%} to {high:.1%})" in shown
+    # Of no latents any share may be.
+    assert "dpo in base_simpo (0)" in shown and "0.0% (0.0% to 100.0%)" in shown
+
+
+def test_long_lists_of_latents_are_cut(simpo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = str(latents_of(Side(load(simpo), "simpo"), None))
+    assert "3 latents'" in whole and whole.count("Li(") == 3
+    monkeypatch.setattr("analysis.dashboard.comparing.LISTED", 2)
+    cut = str(latents_of(Side(load(simpo), "simpo"), None))
+    assert "3 latents, the first 2:" in cut and cut.count("Li(") == 2
 
 
 def test_files_that_change_are_read_again_and_others_are_not(tmp_path: Path) -> None:
@@ -166,7 +212,7 @@ def test_near_misses_show_where_they_are_nearest(tmp_path: Path) -> None:
         database.execute("INSERT INTO samples VALUES (300, 'near_miss', NULL, 0, 0.5, '[]', 250)")
     database.close()
     shown = str(shown_documents(folder, 300, "near_miss", 10))
-    assert " w250" in shown and " w0 " not in shown and "best value below the threshold 0.5" in shown
+    assert " w250" in shown and " w0 " not in shown and "below the threshold 0.5, at “ w250”" in shown
 
 
 def test_samples_of_an_earlier_version_are_not_shown(tmp_path: Path) -> None:

@@ -142,6 +142,17 @@ def test_thousands_of_latents_are_paged(page: Page) -> None:
     expect(page.locator("#where")).to_have_text(f"{NUM_LATENTS} latents, page 1 of 8")
 
 
+def test_the_table_has_the_room_of_a_latent_that_is_not_open(page: Page, address: str) -> None:
+    alone = page.locator("#table").bounding_box()
+    page.goto(f"{address}/latent/base_simpo/300")
+    expect(page.locator("#documents .document")).to_have_count(8)
+    beside, documents = page.locator("#table").bounding_box(), page.locator("#documents").bounding_box()
+    assert alone and beside and documents and alone["width"] > 1.8 * beside["width"]
+    assert documents["x"] > beside["x"] + beside["width"] and documents["width"] > 400
+    page.set_viewport_size({"width": 1400, "height": 1000})  # no column is cut off
+    assert page.locator(".list").evaluate("e => e.scrollWidth <= e.clientWidth")
+
+
 def test_filters_narrow_the_table(page: Page) -> None:
     choose(page, "pair", "base_simpo")
     choose(page, "owners", "simpo (3)")
@@ -214,9 +225,13 @@ def test_two_crosscoders_are_compared(page: Page) -> None:
     expect(page.locator("#owner-a")).to_contain_text("simpo")
     expect(page.locator("#owner-b")).to_contain_text("dpo")
     # 3 of SimPO's and 2 of DPO's 400 latents are planted.
+    owners = page.locator("#owner-counts tbody tr td:first-child").all_inner_texts()
+    assert owners == ["simpo", "dpo", "shared", "other", "dead"]
     expect(page.locator("#owner-counts tr").filter(has_text="simpo3")).to_have_text("simpo30.8%00.0%")
     expect(page.locator("#owner-counts tr").filter(has_text="dpo0")).to_have_text("dpo00.0%20.5%")
-    expect(page.locator("#shares-category thead")).to_contain_text("simpo in base_simpo (3)")
+    expect(page.locator("#shares-category thead")).to_contain_text(
+        re.compile(r"simpo in base_simpo \(3, \d of them by hand\)")
+    )
     expect(page.locator("#side-by-side")).to_contain_text("simpo in base_simpo")
     expect(page.locator("#side-by-side")).to_contain_text("3 latents")
     expect(page.locator("#side-by-side")).to_contain_text("2 latents")

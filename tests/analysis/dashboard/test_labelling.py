@@ -43,12 +43,12 @@ def test_the_form_holds_what_was_given_by_hand_and_nothing_of_the_annotators(tmp
     before = load(folder)
     found = callback(study, "hand-note.value", url=FORM["url"])["response"]
     assert [found[f"hand-{name}"]["value"] for name in ("label", "category", "note")] == ["", None, ""]
-    assert found["hand-label"]["placeholder"] == before.annotations[300].label
-    assert found["hand-category"]["placeholder"] == before.placed[300].category
+    assert found["hand-label"]["placeholder"] == f"annotator: {before.annotations[300].label}"
+    assert found["hand-category"]["placeholder"] == f"annotator: {before.placed[300].category}"
     append_label(folder, HumanLabel(300, "", "other", "why", "anna", "now"))
     found = callback(study, "hand-note.value", url=FORM["url"])["response"]
     assert [found[f"hand-{name}"]["value"] for name in ("label", "category", "note")] == ["", "other", "why"]
-    assert found["hand-category"]["placeholder"] == before.placed[300].category
+    assert found["hand-category"]["placeholder"] == f"annotator: {before.placed[300].category}"
     assert found["shown"]["data"] == FORM["shown"]
 
 
@@ -104,5 +104,11 @@ def test_a_crosscoder_that_was_trained_again_starts_without_labels(tmp_path: Pat
     assert set(load(folder).human) == {300}
     (folder / "latents.json").write_text('{"inputs": {"crosscoder.safetensors": "bbbb"}}')
     assert not load(folder).human
+    study = Study("made", tmp_path, load_taxonomy())
+    listed = callback(study, "where.children", pair="base_simpo", order="latent", page=0)["response"]
+    assert listed["problem"]["children"].endswith("human.jsonl: 1 of 1 lines are of another crosscoder and not used")
     (folder / "latents.json").unlink()
     assert set(load(folder).human) == {300}
+    assert callback(study, "where.children", pair="base_simpo", order="latent", page=0)["response"]["problem"] == {
+        "children": ""
+    }

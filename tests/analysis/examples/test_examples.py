@@ -2,12 +2,20 @@
 
 import json
 import sqlite3
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from analysis.examples.database import TokenStrings, read_samples, significant, write_examples
+from analysis.examples.database import (
+    TokenStrings,
+    _example_rows,
+    _sample_rows,
+    read_samples,
+    significant,
+    write_examples,
+)
 from analysis.examples.samples import DrawnSamples
 from analysis.examples.top_documents import TopDocuments, ranks
 from analysis.firings.firings import DocumentFirings
@@ -47,9 +55,9 @@ def by_full_sort(rows: list[tuple[int, int, int, float]], num: int) -> dict[int,
 
 def as_dict(top: DocumentFirings) -> dict[int, list[tuple[int, float, list]]]:
     found: dict[int, list] = {}
-    groups = zip(top.latent_g.tolist(), top.document_g.tolist(), top.maximum_g.tolist(), top.tokens(), strict=True)
-    for latent, document, maximum, (positions, values) in groups:
-        found.setdefault(latent, []).append((document, maximum, list(zip(positions, values, strict=True))))
+    for _, group in top.parts(1):
+        tokens = list(zip(group.position_n.tolist(), group.value_n.tolist(), strict=True))
+        found.setdefault(int(group.latent_g[0]), []).append((group.document_g[0], group.maximum_g[0], tokens))
     return found
 
 
@@ -97,6 +105,12 @@ def test_select_takes_the_tokens_along() -> None:
     assert as_dict(firings.select(firings.maximum_g == 2.0)) == {1: [(0, 2.0, [(1, 2.0)])]}
 
 
+def test_the_peak_is_the_first_strongest_token() -> None:
+    firings = grouped([(0, 1, 0, 1.0), (0, 4, 0, 3.0), (0, 6, 0, 3.0), (1, 2, 0, 5.0)])
+    silent = DocumentFirings.silent(np.array([0]), np.array([2]), np.array([0.0]))
+    assert DocumentFirings.concatenate([firings, silent, firings]).peak_g.tolist() == [4, 2, -1, 4, 2]
+
+
 @pytest.mark.parametrize("text", ["plain words, twice  spaced\n", "日本語とemoji 🙂 mixed", "a \ufffd b", ""])
 def test_token_strings_join_to_the_document(text: str) -> None:
     """The tokenizer has one token a byte, so every character outside ASCII is spread over several tokens."""
@@ -118,23 +132,27 @@ def test_a_tokenizer_that_strips_leading_spaces() -> None:
     assert TokenStrings(decode).split([0, 1, 2]) == [" the", " cat", "s"]
 
 
-def test_examples_as_sqlite(tmp_path: Path) -> None:
-    tokenizer = tiny.tokenizer()
-    documents = []
+def small_store(folder: Path) -> TokenStore:
+    tokenizer, documents = tiny.tokenizer(), []
     for i, text in enumerate(["ab", "cé", "drawn", "unused"]):
         ids = np.array(tokenizer(text)["input_ids"], dtype=np.uint32)
         roles = [("user", 1, 2)] if i == 1 else []
         documents.append(TokenDocument("", f"d{i}", "tests", ids, text, roles=roles, tags={"n": i}))
-    write_tokens(tmp_path, documents)
-    top = TopDocuments(NUM_LATENTS, 2)
+    write_tokens(folder, documents)
+    return TokenStore(folder / "tokens")
+
+
+def test_examples_as_sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, top = small_store(tmp_path), TopDocuments(NUM_LATENTS, 2)
     top.add(grouped([(0, 1, 4, 0.5), (0, 2, 4, 1.5), (1, 1, 4, 2.5), (1, 2, 0, 1 / 3)]))
     silent = DocumentFirings.silent(np.array([4]), np.array([1]), np.array([0.0]))
     parts = [grouped([(0, 1, 4, 0.5), (0, 2, 4, 1.5)]), grouped([(2, 5, 4, 0.25)]), silent]
     kinds = ["activating", "near_miss", "silent"]
     drawn = DrawnSamples(DocumentFirings.concatenate(parts), kinds, np.array([3, -1, -1]))
     path = tmp_path / "examples.sqlite"
-    for _ in range(2):  # a second writing replaces the first
-        write_examples(path, top.result(), drawn, TokenStore(tmp_path / "tokens"), tokenizer.decode)
+    for rows in (100, 2):  # a second writing replaces the first
+        monkeypatch.setattr("analysis.examples.database.ROWS", rows)
+        write_examples(path, top.result(), drawn, store, tiny.tokenizer().decode)
     with sqlite3.connect(path) as database:
         documents = database.execute("SELECT * FROM documents ORDER BY document").fetchall()
         examples = database.execute("SELECT * FROM examples ORDER BY latent, rank").fetchall()
@@ -163,6 +181,22 @@ def test_examples_as_sqlite(tmp_path: Path) -> None:
     ]
     assert read[0].activations == {1: 0.5, 2: 1.5} and read[1].tokens == ("<bos>", *"drawn")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["examples.sqlite", "tokens"]
+
+
+def test_few_rows_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20,000 documents of 5 firing tokens take 1.2 MB; as texts, all at once, they would take 10 MB."""
+    monkeypatch.setattr("analysis.examples.database.ROWS", 500)
+    number = 20_000
+    positions, values = np.tile(np.arange(5), number), np.linspace(0.1, 9, 5 * number, dtype=np.float32)
+    document_n = np.repeat(np.arange(number), 5)
+    firings = DocumentFirings.adjacent(np.zeros(5 * number, dtype=int), document_n, positions, values)
+    drawn = DrawnSamples(firings, ["activating"] * number, np.zeros(number, dtype=int))
+    for rows in (_example_rows(firings), _sample_rows(drawn)):
+        tracemalloc.start()
+        assert sum(1 for _ in rows) == number
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2e6
 
 
 def test_values_are_printed_with_six_digits() -> None:

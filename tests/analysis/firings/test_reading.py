@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from analysis.firings.reading import Reading
-from analysis.firings.token_kinds import read_kinds
+from analysis.firings.token_kinds import TokenKinds, read_kinds
 from tests.analysis.random_study import NUM_DOCUMENTS, document, make_study
 from train.data import ActivationPairs
+from train.kept import KeptTokens
+
+NO_KINDS = TokenKinds([], np.zeros(0, np.uint8), [], np.zeros(0, np.int64))
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +25,27 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> ActivationPairs:
 
 def reading_of(pairs: ActivationPairs, batch_tokens: int, num_groups: int = 10) -> Reading:
     return Reading(pairs, read_kinds(pairs.tokens, []), batch_tokens, num_groups)
+
+
+def made_up(lengths: list[int], is_kept_T: np.ndarray) -> Any:
+    """Documents of these lengths, without activations."""
+    tokens = SimpleNamespace(row_starts=np.concatenate([[0], np.cumsum(lengths)]))
+    return SimpleNamespace(tokens=tokens, kept=KeptTokens(is_kept_T, []))
+
+
+def test_kept_tokens_of_documents_that_have_none() -> None:
+    is_kept_T = np.array([True, False, True, False, True, True])
+    reading = Reading(made_up([0, 3, 0, 1, 2, 0], is_kept_T), NO_KINDS, batch_tokens=2, num_groups=2)
+    assert reading.kept_n.tolist() == [0, 2, 0, 0, 2, 0] and reading.num_tokens == 4
+
+
+def test_counting_takes_no_memory_for_each_token() -> None:
+    pairs = made_up([1000] * 2000, np.ones(2_000_000, dtype=bool))
+    tracemalloc.start()
+    reading = Reading(pairs, NO_KINDS, batch_tokens=2048, num_groups=64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert reading.num_tokens == 2_000_000 and peak < 500_000
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 7, 30, 10**6])

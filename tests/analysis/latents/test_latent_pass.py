@@ -15,7 +15,15 @@ import pytest
 from analysis.config import AnalysisSettings
 from analysis.examples.database import Sample, read_samples
 from analysis.latents.step import write_latents
-from tests.analysis.random_study import NUM_DOCUMENTS, NUM_LATENTS, dense_codes, document, length_of, make_study
+from tests.analysis.random_study import (
+    DEVICES,
+    NUM_DOCUMENTS,
+    NUM_LATENTS,
+    dense_codes,
+    document,
+    length_of,
+    make_study,
+)
 
 # The first quarter of the latents is the base's, the second the tuned model's: the weights rule out all others.
 HELD = NUM_LATENTS // 2
@@ -24,8 +32,9 @@ HELD = NUM_LATENTS // 2
 class Analysed:
     """The study, its outputs, and the dense codes of its documents."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, device: str):
         self.settings: AnalysisSettings = make_study(root)
+        self.settings.analysis.device = device
         self.folder = root / "analysis"
         write_latents(self.settings, root / "crosscoder", self.folder)
         self.table: pa.Table = pq.read_table(self.folder / "latents.parquet")
@@ -54,9 +63,9 @@ class Analysed:
         return {i: float(self.dense[i][place][:, latent].max()) for i in self.distinct if len(self.dense[i][0])}
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Analysed:
-    return Analysed(tmp_path_factory.mktemp("study"))
+@pytest.fixture(scope="module", params=DEVICES)
+def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Analysed:
+    return Analysed(tmp_path_factory.mktemp("study"), request.param)
 
 
 def test_counts_equal_dense_ones(study: Analysed) -> None:

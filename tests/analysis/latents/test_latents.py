@@ -3,6 +3,7 @@
 import json
 import sqlite3
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from extract.config import ModelConfig
 from extract.errors import BadInput
 from extract.shards import write_activations, write_tokens
 from extract.stores import TokenDocument
+from extract.tokenizer import tokenizer_sha256
 from tests import tiny
 from train.config import CrosscoderConfig
 from train.crosscoder import Crosscoder
@@ -72,11 +74,12 @@ def crosscoder_for(
 PLANTED = {0: (1.0, 0.0), 1: (0.0, 1.0), 2: (1.0, 1.0), 3: (1.0, 1.0)}
 
 
-def stored(root: Path, acts: torch.Tensor) -> AnalysisSettings:
+def stored(root: Path, acts: torch.Tensor, texts: list[str] = TEXTS) -> AnalysisSettings:
     tokenizer = tiny.tokenizer()
     tokenizer.save_pretrained(root / "tokenizer")
-    ids = [np.array(tokenizer(text)["input_ids"][:LENGTH], dtype=np.uint32) for text in TEXTS]
-    write_tokens(root / "store", [TokenDocument("", f"d{i}", "tests", ids[i], text) for i, text in enumerate(TEXTS)])
+    ids = [np.array(tokenizer(text)["input_ids"][:LENGTH], dtype=np.uint32) for text in texts]
+    written = [TokenDocument("", f"d{i}", "tests", ids[i], text) for i, text in enumerate(texts)]
+    write_tokens(root / "store", written, {"tokenizer_sha256": tokenizer_sha256(tokenizer)})
 
     def documents(model: int) -> Iterator[tuple[str, torch.Tensor]]:
         raw = acts[:, :, model] / SCALE[model] + MEAN[model]
@@ -155,7 +158,7 @@ def test_owners_and_scaling(analysed: tuple[AnalysisSettings, Path]) -> None:
     assert np.isnan(table["nu_error_tuned"][0]) and np.isnan(table["nu_error_base"][3])
 
 
-def test_examples_are_the_strongest_documents_once_per_text(analysed: tuple[AnalysisSettings, Path]) -> None:
+def test_examples_are_the_strongest_writtenonce_per_text(analysed: tuple[AnalysisSettings, Path]) -> None:
     acts = planted_activations()
     acts[:, 0] = 0
     with sqlite3.connect(analysed[1] / "examples.sqlite") as database:
@@ -266,6 +269,34 @@ def test_activations_that_have_changed_since_training_are_said(
     crosscoder.trained_with = {"data": [tokens, base, "1" * 64]}
     check_fit(crosscoder, pairs, "block1", tmp_path)
     assert f"{tmp_path} was trained on other activations of the same tokens: those of tuned have" in caplog.text
+
+
+FILES = {"commit": None, "files": {"model.safetensors": "1" * 64}, "adapter": {}}
+COMMIT = {"commit": "1" * 40, "files": {}, "adapter": {}}
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "stored", "is_refused"),
+    [
+        (FILES, FILES | {"files": {"model.safetensors": "2" * 64}}, True),
+        (COMMIT, COMMIT | {"commit": "2" * 40}, True),
+        (FILES, FILES | {"adapter": {"adapter_model.safetensors": "3" * 64}}, True),
+        (FILES, FILES, False),
+        (FILES, COMMIT, False),  # a folder may hold what the hub has
+        (COMMIT, {}, False),
+        (None, FILES, False),  # a crosscoder from before weights were recorded
+    ],
+)
+def test_a_store_of_other_weights_is_refused(
+    analysed: tuple[AnalysisSettings, Path], tmp_path: Path, trained_on: dict | None, stored: dict, is_refused: bool
+) -> None:
+    pairs, crosscoder = ActivationPairs.open(analysed[0]), crosscoder_for(PLANTED)
+    for store, weights in zip(pairs.stores, (FILES, stored), strict=True):
+        store.manifest.settings["model"] = {"weights": weights}
+    crosscoder.trained_with = {} if trained_on is None else {"weights": {"base": FILES, "tuned": trained_on}}
+    refused = pytest.raises(BadInput, match=r"other weights of tuned than the store.*Train .* again, or .*store=PATH")
+    with refused if is_refused else nullcontext():
+        check_fit(crosscoder, pairs, "block1", tmp_path)
 
 
 def test_a_failing_pass_leaves_no_output(

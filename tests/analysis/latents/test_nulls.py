@@ -87,6 +87,10 @@ def test_rows_are_quantiles_and_shares() -> None:
     assert (float(error["share_passing"]), float(recons["share_passing"])) == (0.5, 0.75)
     assert float(error["share_passing_both"]) == float(recons["share_passing_both"]) == 0.25
     assert (error["threshold"], recons["threshold"]) == ("0.2", "0.5")
+    # For dedicated latents, 0.75 in size: all four, and 0, 0.1 of them with a small nu_error.
+    assert (error["threshold_dedicated"], recons["threshold_dedicated"]) == ("0.2", "0.75")
+    assert (float(error["share_passing_dedicated"]), float(recons["share_passing_dedicated"])) == (0.5, 1)
+    assert float(error["share_passing_both_dedicated"]) == float(recons["share_passing_both_dedicated"]) == 0.5
 
 
 def test_directions_go_on_from_their_arrays() -> None:

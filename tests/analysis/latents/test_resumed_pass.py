@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from analysis.config import AnalysisSettings
 from analysis.firings.reading import TokenBatch
+from analysis.latents.activity import Activity
 from analysis.latents.one_pass import LatentPass, state_folder
 from analysis.latents.state import SPOOL_FILE, STATE_FILE
 from analysis.latents.step import OUTPUTS, write_latents
@@ -114,6 +116,20 @@ def stopped_after_three_batches(settings: AnalysisSettings, study: Path, folder:
         patch.setattr(LatentPass, "add", stop)
         with pytest.raises(KeyboardInterrupt):
             write_latents(settings, study / "crosscoder", folder)
+
+
+def test_a_state_holds_all_of_its_batches(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the last one, part of which a thread is still adding."""
+    add = Activity.add
+
+    def slow_add(self: Activity, *batch: Any) -> None:
+        time.sleep(0.05)
+        add(self, *batch)
+
+    monkeypatch.setattr(Activity, "add", slow_add)
+    stopped_after_three_batches(settings_of(study), study, tmp_path)
+    write_latents(settings_of(study), study / "crosscoder", tmp_path)
+    assert outputs_in(tmp_path) == outputs_in(study / "whole")
 
 
 @pytest.mark.parametrize("change", ["owner", "examples", "groups", "nulls", "batches", "kept", "data"])

@@ -13,11 +13,17 @@ from analysis.latents.rules import exclusive_by_norm, exclusive_by_nu, rules_csv
 from train.histograms import delta_norm
 
 
-def table_of(norms: list, nus: list, fired: list[bool], owners: list[str], models: list[str]) -> dict[tuple, int]:
-    """{(rule, delta_norm_low, max_nu_error, max_nu_reconstruction, owner): count}; `nus` (L,) are of all pairs."""
+def table_of(
+    norms: list, nus: list, fired: list[bool], owners: list[str], models: list[str], dedicated: int = 0
+) -> dict[tuple, int]:
+    """{(rule, delta_norm_low, max_nu_error, max_nu_reconstruction, owner): count}; `nus` (L,) are of all pairs.
+
+    The first `dedicated` latents are dedicated ones.
+    """
     deltas = delta_norm(torch.tensor(norms)).numpy()
     nu = np.broadcast_to(np.array(nus)[:, None, None], deltas.shape)
-    text = rules_csv(deltas, (nu, 2 * nu), np.array(fired), np.array(owners), models, OwnerConfig())
+    is_dedicated = np.arange(len(norms)) < dedicated
+    text = rules_csv(deltas, (nu, 2 * nu), np.array(fired), np.array(owners), is_dedicated, models, OwnerConfig())
     names = ("rule", "delta_norm_low", "max_nu_error", "max_nu_reconstruction", "owner")
     return {tuple(row[name] for name in names): int(row["count"]) for row in csv.DictReader(io.StringIO(text))}
 
@@ -36,8 +42,19 @@ def test_rules_of_a_pair() -> None:
     assert found["nu", "", "0.1", "0.2", "it"] == 1
     assert found["delta_norm_and_nu", "0.1", "0.2", "0.5", "it"] == 1
     assert found["delta_norm_and_nu", "0.2", "0.2", "0.5", "it"] == 2
-    configured = {key[-1]: count for key, count in found.items() if key[0] == "configured"}
+    configured = {key[-1]: count for key, count in found.items() if key[0].startswith("configured")}
     assert configured == {"pt": 1, "it": 1, "shared": 1, "other": 2, "dead": 1}
+
+
+def test_the_rule_of_dedicated_latents_has_rows_with_its_own_thresholds() -> None:
+    owners = ["it", "it", "dead", "it", "shared"]
+    found = table_of([[0.0, 1.0]] * 5, [0.1] * 5, [True] * 5, owners, ["pt", "it"], dedicated=3)
+    counts = {key: count for key, count in found.items() if key[0].startswith("configured")}
+    ordinary, dedicated = ("configured", "0.1", "0.2", "0.5"), ("configured_dedicated", "", "0.2", "0.75")
+    assert counts == {
+        **{(*ordinary, name): count for name, count in {"pt": 0, "it": 1, "shared": 1, "other": 0, "dead": 0}.items()},
+        **{(*dedicated, name): count for name, count in {"pt": 0, "it": 2, "shared": 0, "other": 0, "dead": 1}.items()},
+    }
 
 
 def test_with_three_models_a_rule_must_hold_towards_both_others() -> None:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from analysis.firings.firings import Codes
-from analysis.latents.scaling import CHUNK_VALUES, ScalingSums, decoder_gram, nu
+from analysis.latents.scaling import CHUNK_VALUES, TILE_VALUES, ScalingSums, decoder_gram, nu
+from tests.analysis.random_study import DEVICES
 
 D = 6
 
@@ -22,8 +23,8 @@ def planted(num_models: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor,
 
 def gather(acts_BL, W_dec_LMD, b_dec_MD, x_BMD, chunk: int = 50, num_groups: int = 1) -> ScalingSums:
     """The sums of a stream in chunks; token t is of group t mod num_groups."""
-    sums = ScalingSums(acts_BL.shape[1], W_dec_LMD.shape[1], num_groups)
-    group_B = torch.arange(len(acts_BL)) % num_groups
+    sums = ScalingSums(acts_BL.shape[1], W_dec_LMD.shape[1], num_groups, acts_BL.device)
+    group_B = torch.arange(len(acts_BL), device=acts_BL.device) % num_groups
     for acts_bL, x_bMD, group_b in zip(*(whole.split(chunk) for whole in (acts_BL, x_BMD, group_B)), strict=True):
         recons_bMD = torch.einsum("bl,lmd->bmd", acts_bL, W_dec_LMD) + b_dec_MD
         sums.add(Codes.from_dense(acts_bL, group_b), x_bMD - recons_bMD, recons_bMD, W_dec_LMD)
@@ -47,10 +48,12 @@ def nu_by_regression(acts_BL, W_dec_LMD, b_dec_MD, x_BMD, j: int, focus: int, ot
     return tuple(beta_other / beta_focus for beta_other, beta_focus in betas)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("num_models", [2, 3])
-def test_nu_equals_the_regressions(num_models: int) -> None:
+def test_nu_equals_the_regressions(num_models: int, device: str) -> None:
     case = planted(num_models)
-    nu_error, nu_reconstruction = nu(gather(*case).total(), decoder_gram(case[1]))
+    there = [tensor.to(device) for tensor in case]
+    nu_error, nu_reconstruction = nu(gather(*there).total(), decoder_gram(there[1]))
     for j in range(7):
         for focus in range(num_models):
             for other in range(num_models):
@@ -135,3 +138,18 @@ def test_a_batch_in_which_nothing_fires() -> None:
     sums = ScalingSums(4, 2)
     sums.add(Codes.from_dense(torch.zeros(3, 4)), torch.randn(3, 2, D), torch.zeros(3, 2, D), torch.randn(4, 2, D))
     assert not sums.sums_RK.any()
+
+
+def test_columns_in_parts_and_rows_in_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = Codes.from_dense((torch.rand(40, 30, generator=generator) - 0.5).relu())
+    error_BMD, recons_BMD, W_dec_LMD = (torch.randn(n, 2, 24, generator=generator) for n in (40, 40, 30))
+    found = []
+    for values in (2**20, 96):  # all at once, and three parts of 16 columns for two rows at a time
+        for limits in (CHUNK_VALUES, TILE_VALUES):
+            monkeypatch.setitem(limits, "cpu", values)
+        sums = ScalingSums(30, 2)
+        sums.add(codes, error_BMD, recons_BMD, W_dec_LMD)
+        found.append(sums.sums_RK)
+    assert found[0].abs().min() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ from analysis.human import HumanLabel, append_label
 from analysis.report import cards
 from analysis.report.step import report
 from analysis.taxonomy.step import categorise, load_taxonomy
-from tests.analysis.made_study import make_study
+from tests.analysis.made_study import make_study, write_record
 from tests.analysis.pages import Page, cards_in
 
 GROUPS = {category.name: category.group for category in load_taxonomy()}
@@ -43,6 +43,24 @@ def test_a_category_by_hand_is_the_cards_only_where_it_is_compared(tmp_path: Pat
     assert card["similarity"] is None and card["outcome"] == "placed by people"
     assert "take the category that was given by hand" in page
     assert "card.human.category;" not in (Path(cards.__file__).parent / "templates" / "report.js").read_text()
+
+
+def test_the_page_says_which_labels_by_hand_are_of_another_crosscoder(tmp_path: Path) -> None:
+    settings, (folder, _) = make_study(tmp_path)
+    settings.analysis.taxonomy.encoder = "tfidf"
+    annotate(settings, folder)
+    categorise(settings, folder)
+    append_label(folder, HumanLabel(300, "Old", "", "", "Ada", "2026-01-01T00:00:00+00:00"))
+    assert "of another crosscoder" not in report(settings, [folder]).read_text(encoding="utf-8")
+    # Trained anew, with other weights; a second label is of these.
+    write_record(folder, weights="ab")
+    append_label(folder, HumanLabel(301, "New", "", "", "Ada", "2026-01-02T00:00:00+00:00"))
+    settings.analysis.report.redact = "documents"
+    html = report(settings, [folder]).read_text(encoding="utf-8")
+    said = "analysis/base_simpo/human.jsonl: 1 of 2 lines are of another crosscoder and not used."
+    assert said in Page(html).all("main")[0].text and str(tmp_path) not in html
+    found = cards_in(Page(html))
+    assert found["base_simpo-300"]["human"] is None and found["base_simpo-301"]["human"]["label"] == "New"
 
 
 @pytest.mark.parametrize("name", ["a#b", "a?b", "a%41b", "a b"])

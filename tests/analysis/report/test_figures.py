@@ -16,7 +16,7 @@ from analysis.compare.counts import Counts
 from analysis.compare.step import compare_counts
 from analysis.config import CompareConfig, OwnerConfig
 from analysis.latents.columns import Columns, of_two_models, read_columns
-from analysis.report import figure_selection, figures
+from analysis.report import figure_selection, figures, training
 from analysis.report.figure_comparison import MAX_RATIO, forest, forest_caption
 from analysis.report.figure_selection import PANELS
 from analysis.report.null_ranges import NullRange
@@ -39,8 +39,8 @@ def test_a_model_has_one_colour_and_no_two_models_share_one() -> None:
 
 def test_curves_leave_out_steps_without_a_value() -> None:
     metrics = [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": None}, {"step": 3, "val/l0": 1.0}]
-    assert figures.series(metrics, "train/loss") == ([1], [3.0])
-    figure = figures.training_curves(metrics, MODELS, COLOURS)
+    assert training.series(metrics, "train/loss") == ([1], [3.0])
+    figure = training.training_curves(metrics, MODELS, COLOURS)
     assert figure.axes[0].lines[0].get_xdata().tolist() == [1]
 
 

@@ -9,8 +9,8 @@ import pytest
 from analysis.report.cards import read_scores
 from analysis.report.null_ranges import read_nulls
 from analysis.report.optional_files import COLUMNS, read_optional
-from analysis.report.pairs import read_config, read_metrics
 from analysis.report.side_tables import read_table
+from analysis.report.training import read_config, read_metrics
 from extract.errors import BadInput
 
 NULLS = "null,measure,focus,other,count,q05,q50,q95\nshared,nu_error,a,b,3,0.1,0.2,0.3\n"
@@ -56,6 +56,9 @@ def test_a_torn_last_line_of_metrics_is_left_out_and_another_named(tmp_path: Pat
     assert read_metrics(path) == [{"step": 1}]
     path.write_text('{"step": 1\n{"step": 2}\n')
     with pytest.raises(BadInput, match=r"metrics\.jsonl, line 1, is no JSON"):
+        read_metrics(path)
+    path.write_text('{"step": 1}\n17\n')
+    with pytest.raises(BadInput, match=r"metrics\.jsonl, line 2, is no JSON object"):
         read_metrics(path)
     assert read_metrics(tmp_path / "absent.jsonl") == []
 

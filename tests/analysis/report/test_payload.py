@@ -36,6 +36,7 @@ def card_of(latent: int, owner: str = "simpo", num_documents: int = 4, text: str
         nu_error_range=(-0.02, 0.01),
         nu_reconstruction_range=None,
         frequency=0.00012345,
+        num_documents=5,
         max_activation=12.3456,
         dedicated=False,
         histogram=Histogram(0.5, [3, 2, 1]),

@@ -87,13 +87,16 @@ def test_parts_are_shown_where_their_files_exist(tmp_path: Path) -> None:
     (folder / "score_summary.csv").write_text(SCORES)
     (folder / "agreement.csv").write_text(AGREEMENT.splitlines()[0] + "\n")
     (tmp_path / "analysis" / "costs.csv").write_text("kind,model,requests,usd\ndescribe,a-model,80,0.5\n")
+    (tmp_path / "analysis" / "agreement.csv").write_text(AGREEMENT)
     parts = parts_of(tmp_path, [folder], flow, COLOURS)
     assert [part.heading for part in parts] == [
         "From selected latents to categories",
+        "Do annotators agree?",
         "Are the descriptions right? (base_simpo)",
         "What the annotation cost",
     ]
-    drawn = parts[1].figure
+    assert parts[1].source == "../analysis/agreement.csv" and parts[1].figure
+    drawn = parts[2].figure
     assert drawn and drawn.sources == ["../analysis/base_simpo/score_summary.csv"]
     assert (tmp_path / "report" / "figures" / f"{drawn.name}.pdf").is_file()
     for part in parts[1:]:  # as CSV and LaTeX, like every other table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 
 from analysis import tracking
 from analysis.annotate.step import annotate, read_annotations
+from analysis.compare.step import compare
 from analysis.config import AnalysisSettings
 from analysis.human import HumanLabel, append_label
 from analysis.report.step import report
+from analysis.taxonomy.categories import read_categories, write_categories
 from analysis.taxonomy.step import categorise
 from analysis.tracking import facts_of, files_of, tables_of
 from tests.analysis.made_study import make_study, write_examples
@@ -34,9 +37,12 @@ def make_secret_study(root: Path) -> tuple[AnalysisSettings, list[Path]]:
     settings.analysis.taxonomy.encoder = "tfidf"
     annotate(settings, folder)
     categorise(settings, folder)
+    placed = [replace(row, reason=f"says {SECRET}") for row in read_categories(folder)]  # as a language model would
+    write_categories(folder, placed, [])
     first, *others = read_annotations(folder)
     said = f"Fires on inventories: “{SECRET[:8]}”, or {SECRET.upper()} in full, {JAPANESE} too, and {RECORD}."
-    model = replace(first, annotator="a-model", label="Inventories", description=said, reason=f"{SECRET} is common")
+    texts = {"pattern": f"as in {SECRET}", "description": said, "reason": f"{SECRET} is common"}
+    model = replace(first, annotator="a-model", label="Inventories", **texts)
     lines = (json.dumps(asdict(annotation)) + "\n" for annotation in [model, *others])
     (folder / "annotations.jsonl").write_text("".join(lines))
     said = HumanLabel(301, "Lists", f"My {SECRET[:8]}", f"see {SECRET}", "Ada", "2026-01-01T00:00:00+00:00")
@@ -67,10 +73,11 @@ def test_no_file_of_the_report_nor_anything_sent_holds_text_of_documents(tmp_pat
     assert offline["confidence"] and offline["error"] is not None
     if level == "documents":
         assert model["label"] == "Inventories"
+        assert (model["pattern"], model["reason"]) == ("as in […]", "[…] is common")
         assert model["description"] == ("Fires on inventories: […], or […] in full, […] too, and […].")
         assert (person["human"]["label"], person["human"]["note"]) == ("Lists", "see […]")
     else:
-        assert model["label"] == model["description"] == person["human"]["label"] == ""
+        assert model["label"] == model["pattern"] == model["description"] == person["human"]["label"] == ""
     assert person["human"]["who"] == person["human"]["category"] == ""
 
 
@@ -108,6 +115,38 @@ def test_a_redacted_report_has_a_run_of_its_own_in_wandb(tmp_path: Path, monkeyp
         settings.analysis.report.redact = level
         tracking.track(settings, folders, tmp_path / "report")
     assert len(set(made)) == 6 and len({folder for folder, _ in made}) == 3
+
+
+@pytest.mark.parametrize("level", ["none", "documents", "all"])
+def test_who_labelled_is_in_nothing_of_a_comparison_and_in_nothing_at_all_of_what_is_redacted(
+    tmp_path: Path, level: str
+) -> None:
+    settings, folders = make_study(tmp_path)
+    settings.analysis.taxonomy.encoder, settings.analysis.compare.human_labels = "tfidf", True
+    settings.analysis.report.redact = level
+    for folder, latent, who in zip(folders, (300, 350), ("Zuleika", "Xanthippe"), strict=True):
+        annotate(settings, folder)
+        categorise(settings, folder)
+        append_label(folder, HumanLabel(latent, "", "Creative Generation", "", who, "2026-01-01T00:00:00+00:00"))
+        row = "cohen_kappa,annotator and people: {},category,0.5,0.2,0.8,9\n"
+        rows = row.format(who) + row.format("Ada")
+        (folder / "agreement.csv").write_text(f"measure,between,level,value,low,high,num_latents\n{rows}")
+    compare(settings, folders, tmp_path / "report")
+    page = report(settings, folders)
+    named = {path.name for path in page.parent.rglob("*") if re.search(rb"(?i)zuleika|xanthippe", path_bytes(path))}
+    agreement = {f"agreement_base_{tuned}.{ending}" for tuned in ("simpo", "dpo") for ending in ("csv", "tex")}
+    assert named == ({"index.html", *agreement} if level == "none" else set())  # on cards where all is shown
+    said = (page.parent / "tables" / "category_simpo_dpo.txt").read_text()
+    assert "people" in said and "by offline (n-grams)" in said and "other people" in said
+    if level != "none":
+        between = (page.parent / "tables" / "agreement_base_dpo.csv").read_text()
+        assert "people: person 1" in between and "people: person 2" in between and "Ada" not in between
+        sent = [*tables_of(settings, folders, page.parent).values(), *files_of(settings, folders, page.parent).values()]
+        assert not [path for path in sent if re.search(rb"(?i)zuleika|xanthippe", path_bytes(path))]
+
+
+def path_bytes(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
 
 
 def test_without_redaction_the_same_study_shows_it(tmp_path: Path) -> None:

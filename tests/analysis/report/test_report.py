@@ -6,20 +6,17 @@ import base64
 import hashlib
 import json
 import re
-import shutil
 import sqlite3
 from pathlib import Path
 
 import pytest
 
 from analysis.annotate.step import annotate
-from analysis.config import AnalysisSettings, OwnerConfig
-from analysis.report import cards
-from analysis.report.nearest import nearest_to
+from analysis.config import AnalysisSettings
 from analysis.report.step import report
 from analysis.taxonomy.step import categorise
 from extract.errors import BadInput
-from tests.analysis.made_study import make_study, write_examples, write_latents, write_latents_of_many
+from tests.analysis.made_study import make_study, write_examples, write_latents_of_many
 from tests.analysis.pages import Page, cards_in, words
 from tests.analysis.report.test_behaviours import PLANTED
 
@@ -82,6 +79,7 @@ def test_counts_by_owner_and_variance_explained(made: tuple[Path, str]) -> None:
 def test_the_comparison_states_what_may_not_be_claimed(made: tuple[Path, str]) -> None:
     claims = [words(element.text) for element in Page(made[1]).all("p", "claim")]
     assert len(claims) == 2
+    assert "Error Handling & Quality Control 0/3" not in words(Page(made[1]).all("section")[1].text)  # in neither model
     assert all("3 latents of simpo and 2 of dpo" in claim and "may not be claimed" in claim for claim in claims)
     assert "Safety & Content Moderation 1/3 33.33 % 1/2 50.00 % +16.67" in words(Page(made[1]).all("section")[1].text)
 
@@ -130,9 +128,16 @@ def test_figures_and_tables_lie_beside_the_page(made: tuple[Path, str]) -> None:
         "flow",
     }
     tables = {path.stem for path in (made[0] / "tables").iterdir()}
-    compared = {f"{kind}{level}_simpo_dpo" for kind in ("", "changes_") for level in ("class", "category")}
-    assert tables == {"behaviours", "owners", "latents", "flow"} | compared
-    assert all(len(list((made[0] / "tables").glob(f"{name}.*"))) == 2 for name in tables)
+    compared = {f"{kind}{level}_simpo_dpo" for kind in ("", "changes_", "certain_") for level in ("class", "category")}
+    assert (
+        tables == {"behaviours", "owners", "latents", "nearest", "flow", "comparisons"} | compared
+    )  # the bases have no latents
+    for name in stems:
+        assert {path.suffix for path in (made[0] / "figures").glob(f"{name}.*")} - {".txt"} == {".pdf", ".png"}
+    for name in tables:
+        assert {path.suffix for path in (made[0] / "tables").glob(f"{name}.*")} - {".txt"} == {".csv", ".tex"}
+    links = {element.attributes["href"] for element in Page(made[1]).all("a")}
+    assert {f"figures/{name}.pdf" for name in stems} <= links
 
 
 def test_without_javascript_figures_and_tables_are_there_with_a_note(made: tuple[Path, str]) -> None:
@@ -150,15 +155,32 @@ def test_every_figure_and_table_names_a_file_that_is_there(made: tuple[Path, str
     sources = [words(element.text).removeprefix("From ").split(", ") for element in page.all("p", "source")]
     assert len(sources) >= len(page.all("table")) + len(page.all("img")) - 1  # the records have no other source
     for name in {name for names in sources for name in names}:
-        for path in expanded(name):
-            place = made[0] if path.startswith(("tables/", "figures/")) else made[0].parent
-            assert (place / path).is_file(), path
+        place = made[0] if name.startswith(("tables/", "figures/")) else made[0].parent
+        assert (place / name).is_file(), name
+    tags, latents, metrics = (
+        [f"{place}_{tuned}/{name}" for tuned in ("simpo", "dpo")]  # each pair's, whose names may hold commas
+        for place, name in (
+            ("analysis/base", "tags.csv"),
+            ("analysis/base", "latents.parquet"),
+            ("runs/base", "metrics.jsonl"),
+        )
+    )
+    assert ["tables/behaviours.csv", *tags] in sources and ["tables/owners.csv", *latents, *metrics] in sources
 
 
-def expanded(name: str) -> list[str]:
-    """analysis/{a,b}/c -> analysis/a/c, analysis/b/c"""
-    found = re.fullmatch(r"(.*)\{(.*)\}(.*)", name)
-    return [f"{found[1]}{part}{found[3]}" for part in found[2].split(",")] if found else [name]
+def test_a_leaderboard_stands_below_the_comparison_with_what_its_columns_are(tmp_path: Path) -> None:
+    settings, folders = make_study(tmp_path)
+    board, config = tmp_path / "board.csv", settings.analysis.compare
+    name = "Code Generation & Analysis"
+    board.write_text(f"category,model,elo,taxonomy\ncoding,simpo,1200,{name}\ncoding,dpo,1240,{name}\n")
+    config.leaderboard, config.resamples = str(board), 50
+    analyse(settings, folders)
+    page = Page(report(settings, folders).read_text(encoding="utf-8"))
+    assert any("Beside the leaderboard" in element.text for element in page.all("h3"))
+    assert any("May not be claimed: that latents explain the Elo" in element.text for element in page.all("p", "claim"))
+    assert any("whether both differences have the same sign" in words(one.text) for one in page.all("caption"))
+    assert "tables/leaderboard_simpo_dpo.csv" in {element.attributes["href"] for element in page.all("a")}
+    assert any(words(row.text).startswith("coding no 1200 1240 +40") for row in page.all("tr"))
 
 
 def test_a_crosscoder_of_three_models_has_figures_of_each_tuned_one(tmp_path: Path) -> None:
@@ -227,26 +249,6 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
     shown = "".join(piece if isinstance(piece, str) else piece[0] for piece in pieces)
     assert "<script>alert(1)</script>" in shown and "{{ 7 * 7 }}" in shown
     assert (source, tags) == ("<b>source</b>", "<i>: </article>")
-
-
-def test_a_crosscoder_without_own_latents_says_so_and_shows_the_nearest(tmp_path: Path) -> None:
-    settings, (folder, _) = make_study(tmp_path)
-    write_latents(folder / "latents.parquet", ["base", "simpo"], set())
-    (folder / "tags.csv").write_text((folder / "tags.csv").read_text().splitlines()[0] + "\n")
-    shutil.rmtree(tmp_path / "runs")
-    analyse(settings, [folder])
-    page = Page(report(settings, [folder]).read_text(encoding="utf-8"))
-    text = words(page.all("main")[0].text)
-    assert "No document of this study carries the tag “behaviour”" in text
-    assert "base_simpo has no latent of simpo alone" in text
-    assert "None of these crosscoders has a latent that belongs to one model alone" in text
-    assert "No metrics.jsonl" in text and "no tuned models to compare" in text
-    rows = cards.read_rows(folder)
-    alive = [row for row in rows if row["owner"] in ("shared", "other")]
-    nearest = nearest_to("simpo", rows, ["base", "simpo"], OwnerConfig())
-    best = sorted(alive, key=lambda row: -row["delta_norm"])[:5]
-    assert [near.latent for near in nearest] == [row["latent"] for row in best]
-    assert f"{nearest[0].delta_norm:.3f}" in text and "Δ-norm within the thresholds" in text
 
 
 def test_a_missing_step_is_named_before_anything_is_drawn(tmp_path: Path) -> None:

@@ -60,3 +60,12 @@ def test_a_file_that_is_absent_is_a_table_less(tmp_path: Path) -> None:
     # As CSV and LaTeX too, under the name of its pair: a paper wants them.
     assert (tmp_path / "tables" / "rules_base_simpo.csv").read_text() == RULES
     assert "1,250" in (tmp_path / "tables" / "rules_base_simpo.tex").read_text()
+
+
+def test_measures_of_agreement_are_printed_by_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "agreement.csv"
+    rows = ["cohen_kappa,annotator and people,class,0.5,0.25,0.75,9", "krippendorff_alpha,repeats,class,1,0.5,1,9"]
+    path.write_text("\n".join(["measure,between,level,value,low,high,num_latents", *rows]) + "\n")
+    table = read_table(path, "")
+    assert table.heading[0] == "measure" and table.heading[-1] == "latents"
+    assert [row[0] for row in table.printed] == ["Cohen’s κ", "Krippendorff’s α"]

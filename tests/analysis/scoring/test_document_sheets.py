@@ -70,8 +70,10 @@ def test_a_person_who_always_says_no_agrees_by_chance_alone(
         settings.who = who
         main(settings)
     rows = {row["between"]: row for row in rows_of(folder / "agreement.csv") if row["level"] == "document"}
-    assert float(rows["people: same"]["value"]) == 1 and float(rows["people: never"]["value"]) == pytest.approx(0)
-    assert rows["people: same"]["num_latents"] == "100" and rows["people: same"]["measure"] == "cohen_kappa"
+    assert float(rows["judge and people: same"]["value"]) == 1
+    assert float(rows["judge and people: never"]["value"]) == pytest.approx(0)
+    same = rows["judge and people: same"]
+    assert same["num_latents"] == "100" and same["measure"] == "cohen_kappa"
     sheet.write_text("id,active\n" + "".join(f"{identity},maybe\n" for identity in key))
     with pytest.raises(BadInput, match="'maybe' is no answer that there is. Known: yes, no"):
         main(settings)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import pytest
 from analysis.agreement import AgreementSettings, main
 from analysis.annotate.step import annotate
 from analysis.config import AgreementConfig
+from analysis.scoring.agreeing import people_folder, write_agreement
 from analysis.scoring.people import LATENTS, add_said, export_latents, known_answers, read_said
 from analysis.scoring.sheets import Filled, id_of, read_key, read_sheet
 from analysis.taxonomy.step import categorise, load_taxonomy
@@ -65,10 +70,19 @@ def test_a_sheet_holds_documents_and_nothing_else(tmp_path: Path) -> None:
     assert sheet.read_bytes().startswith(b"\xef\xbb\xbf")  # spreadsheets take it for another encoding otherwise
     assert all(len(row["id"]) == 12 and row["category"] == "" and "«" in row["document_1"] for row in rows)
     assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
-    for word in ("simpo", "dpo", "base", "offline", "300"):
-        assert word not in sheet.read_text()
+    texts = [text.replace("\n", "↵ ") for folder in ("base_simpo", "base_dpo") for text in texts_of(tmp_path, folder)]
+    for row in rows:
+        for number in (1, 2, 3):
+            quoted = re.fullmatch("“(?:… )?(.*?)(?: …)?”", row[f"document_{number}"])
+            assert quoted and any(re.sub("[«»]", "", quoted[1]) in text for text in texts)
     names = [row["category"] for row in rows_of(tmp_path / "sheet.categories.csv")]
     assert names == [*(category.name for category in load_taxonomy()), "other"]
+
+
+def texts_of(root: Path, folder: str) -> list[str]:
+    """Every document of an analysis folder."""
+    with closing(sqlite3.connect(root / "analysis" / folder / "examples.sqlite")) as database:
+        return ["".join(json.loads(tokens)) for (tokens,) in database.execute("SELECT text_tokens FROM documents")]
 
 
 def test_no_cell_is_a_formula(tmp_path: Path) -> None:
@@ -207,7 +221,9 @@ def test_a_cell_of_any_size_is_one_sentence(tmp_path: Path) -> None:
         read(sheet, keys)
 
 
-def test_a_person_is_compared_with_the_annotator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_person_is_compared_with_the_annotator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Export, filling in what the annotator said of all but one latent, import: one kappa for each level."""
     settings, folders = make_study(tmp_path)
     for folder in folders:
@@ -216,7 +232,11 @@ def test_a_person_is_compared_with_the_annotator(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("analysis.agreement.categorised_folders", lambda _: folders)
     sheet = tmp_path / "sheet.csv"
     given = AgreementSettings(**{**vars(settings), "export": str(sheet)})
+    given.composed_from = ["experiment=demo", "outputs=a b", f"export={sheet}"]
     main(given)
+    # What is to be typed then is what was typed, with the filled sheet in place of the empty one.
+    again = f"python -m analysis.agreement experiment=demo 'outputs=a b' filled={sheet} who=NAME"
+    assert capsys.readouterr().out.splitlines()[-1] == f"Then: {again}"
     key = key_in(tmp_path / "analysis" / "people" / "latents")
     said = {
         (folder.name, row["latent"]): row["category"]
@@ -233,7 +253,7 @@ def test_a_person_is_compared_with_the_annotator(tmp_path: Path, monkeypatch: py
     both = [*answers[:-1], "Minor Protection"]
     chance = sum(answers.count(name) * both.count(name) for name in set(answers)) / len(answers) ** 2
     expected = (same / len(answers) - chance) / (1 - chance)
-    assert rows["category"]["between"] == "people" and rows["category"]["measure"] == "cohen_kappa"
+    assert rows["category"]["between"] == "annotator and people" and rows["category"]["measure"] == "cohen_kappa"
     assert float(rows["category"]["value"]) == pytest.approx(expected)
     assert int(rows["class"]["num_latents"]) == len(answers)
     assert all((folder / "agreement.csv").is_file() for folder in folders)
@@ -241,6 +261,25 @@ def test_a_person_is_compared_with_the_annotator(tmp_path: Path, monkeypatch: py
     given.filled, given.analysis.taxonomy.path = None, str(tmp_path / "own.yaml")
     with pytest.raises(BadInput, match=r"anna\.csv is of another taxonomy"):
         main(given)
+
+
+def test_people_are_compared_over_the_latents_of_each_pair(tmp_path: Path) -> None:
+    """Anna and bob judged one latent of SimPO's and two of DPO's, cleo one of DPO's alone."""
+    settings, folders = make_study(tmp_path)
+    settings.analysis.taxonomy.encoder, settings.analysis.agreement.resamples = "tfidf", 50
+    for folder in folders:
+        annotate(settings, folder)
+        categorise(settings, folder)
+    units = [("base_simpo", "300"), ("base_dpo", "350"), ("base_dpo", "351")]
+    for who, judged in {"anna": units, "bob": units, "cleo": units[1:2]}.items():
+        answers = [
+            Filled(unit, name) for unit, name in zip(judged, ("other", "other", "Minor Protection"), strict=False)
+        ]
+        add_said(people_folder(settings, LATENTS) / f"{who}.csv", answers)
+    for these, num, people in ((folders[:1], 1, 2), (folders[1:], 2, 3), (folders, 3, 3)):
+        rows = [row for row in write_agreement(settings, these, tmp_path / "here") if row.level == "category"]
+        assert [row.num_latents for row in rows if row.measure == "krippendorff_alpha"] == [num]
+        assert sum(row.measure == "cohen_kappa" for row in rows) == people
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,21 @@ def test_intervals_cover_the_truth(copies: float) -> None:
         assert 0.90 <= count / trials <= 1
 
 
+def test_intervals_over_clusters_cover_the_truth() -> None:
+    """60 clusters of three equal units: taken for 180 units, the interval is sqrt(3) too narrow and covers 74 %."""
+    rng, trials = np.random.default_rng(5), 200
+    covered = {"clusters": 0, "units": 0}
+    for trial in range(trials):
+        first = rng.choice(3, size=60, p=[0.5, 0.3, 0.2])
+        second = np.where(rng.random(60) < 0.6, first, rng.choice(3, size=60, p=[0.5, 0.3, 0.2]))
+        pairs = [(str(a), str(b)) for a, b in zip(first, second, strict=True) for _ in range(3)]
+        for name, clusters in {"clusters": np.repeat(range(60), 3).tolist(), "units": range(180)}.items():
+            interval = cohen(pairs, Bootstrap(resamples=300, seed=trial), clusters).interval
+            covered[name] += interval.low <= 0.6 <= interval.high
+    assert covered["clusters"] / trials >= 0.95 - 4 * 0.0154
+    assert covered["units"] / trials == pytest.approx(0.742, abs=4 * 0.031)
+
+
 @pytest.mark.parametrize("size", [21, 200])
 def test_a_rater_to_whom_all_units_are_alike_tells_nothing(size: int) -> None:
     """Kappa is 0 then, by its formula, and in every resample: that is no certainty."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from analysis.compare.statistics import newcombe, wilson
@@ -19,6 +22,8 @@ from analysis.scoring.scores import (
     write_scores,
 )
 from analysis.scoring.trials import Given
+from tests.analysis.messages_stub import MessagesStub
+from tests.analysis.scoring.test_scoring import LATENTS, judge, make_folder, run
 
 
 def line(latent: int, value: float, owner: str = "simpo", outcome: str = "scored", control: str = "none") -> Score:
@@ -68,6 +73,17 @@ def test_intervals_of_means_cover_the_truth_when_latents_come_in_groups() -> Non
     assert 0.89 <= covered / trials <= 0.99
 
 
+@pytest.mark.parametrize("num", [3, 10, 20])
+def test_intervals_of_means_cover_the_truth_when_rare_values_are_not_seen(num: int) -> None:
+    """One score in ten is low: of ten latents a third has none, and a bootstrap alone would cover 70 % of the time."""
+    rng, covered, trials = np.random.default_rng(4), 0, 300
+    values, shares = np.array([0.5, 0.9, 1.0]), [0.1, 0.3, 0.6]
+    for trial in range(trials):
+        interval = mean_interval(rng.choice(values, num, p=shares), np.arange(num), resamples=200, seed=trial)
+        covered += interval.low <= values @ shares <= interval.high
+    assert covered / trials >= 0.90  # four standard errors below .95
+
+
 def test_equal_values_are_not_certain() -> None:
     low = wilson(10, 10).low
     assert tuple(mean_interval(np.ones(10), np.arange(10))) == pytest.approx((low, 1))
@@ -90,6 +106,15 @@ def test_summaries_leave_out_what_has_no_score() -> None:
     assert found["none", "dpo"].num_latents == 0 and math.isnan(found["none", "dpo"].balanced_accuracy)
 
 
+def test_near_duplicates_make_a_summary_less_certain() -> None:
+    scores = [line(latent, [0.5, 0.9][latent % 2]) for latent in range(40)]
+    apart = summarise(scores, {}, 0.95, 400, 0)[0]
+    grouped = summarise(scores, {latent: latent % 8 for latent in range(40)}, 0.95, 400, 0)[0]
+    assert (grouped.num_latents, grouped.balanced_accuracy) == (40, apart.balanced_accuracy)
+    # Eight groups of five equal latents: sqrt(5) times as wide.
+    assert grouped.high - grouped.low > 1.7 * (apart.high - apart.low)
+
+
 def test_files_read_back_and_numbers_that_are_missing_are_empty(tmp_path: Path) -> None:
     assert read_scores(tmp_path) == []
     scores = [line(1, 0.9), line(4, float("nan"), outcome="refused")]
@@ -103,3 +128,17 @@ def test_files_read_back_and_numbers_that_are_missing_are_empty(tmp_path: Path) 
         "latent,kind,control,document,drawn,quantile,truth,verdict",
         "1,detection,none,17,silent,,False,True",
     ]
+
+
+def test_the_step_takes_groups_from_the_latents_of_the_folder(tmp_path: Path) -> None:
+    """All five descriptions score 1: how far that can be trusted depends on how many groups they are."""
+    settings, folder = make_folder(tmp_path)
+    with MessagesStub(answer=judge, local=True) as stub:
+        for groups in ([1, 2, 3, 4, 5], [1, 1, 3, 4, 4]):
+            columns = {"latent": list(LATENTS), "owner": list(LATENTS.values()), "group": groups}
+            pq.write_table(pa.table(columns), folder / "latents.parquet")
+            run(settings, folder, stub)
+            with (folder / "score_summary.csv").open() as file:
+                rows = {(row["kind"], row["control"], row["owner"]): row for row in csv.DictReader(file)}
+            num = len(set(groups))
+            assert float(rows["detection", "none", "all"]["low"]) == pytest.approx(wilson(num, num, 0.95).low)

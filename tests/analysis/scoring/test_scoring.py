@@ -7,6 +7,7 @@ import json
 import re
 import sqlite3
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def judge(body: Body) -> Any:
     texts = [" ".join(re.findall("<<(.*?)>>", text)) if is_fuzzing else text for text in documents_of(body)]
     said = "right" if is_fuzzing else "active"
     verdicts = [{"document": n, said: bool(re.search(rf"\b{found[1]}\b", text))} for n, text in enumerate(texts, 1)]
-    return {"verdicts": verdicts}
+    return {"verdicts": verdicts[::-1]}  # the last document first: no schema asks for an order
 
 
 def run(settings: AnalysisSettings, folder: Path, stub: MessagesStub) -> list[Score]:
@@ -258,6 +259,16 @@ def test_controls_judge_by_another_latent_of_the_same_owner() -> None:
     # Without near-duplicates everybody's description is used exactly once.
     assert len({other.latent for other in partners(annotations, {}, seed=1).values()}) == 10
     assert partners(annotations[:1], {}, seed=0) == {}
+
+
+def test_no_control_judges_by_an_equal_description() -> None:
+    """Latents 0 and 1 are described alike without being near-duplicates: what is said of one is right for the other."""
+    first, second, third = (annotation(latent, "simpo") for latent in range(3))
+    same = replace(second, label=first.label, description=first.description)
+    for seed in range(5):
+        found = partners([first, same, third], {}, seed)
+        assert found[0].latent == found[1].latent == 2 and found[2].latent in (0, 1)
+    assert partners([first, same], {}, seed=0) == {}
 
 
 def test_a_latent_more_changes_the_controls_of_its_neighbours_alone() -> None:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from analysis.config import AnalysisSettings
+from analysis.scoring.agreeing import write_agreement
 from analysis.scoring.raters import Bootstrap
 from analysis.scoring.votes import Vote, agreement_of, primary, read_votes
+from analysis.taxonomy.categories import PLACED, Placed, write_categories
+from analysis.taxonomy.step import load_taxonomy
 
 GROUPS = {"a": "x", "b": "x", "c": "y", "other": "other"}
 QUICK = Bootstrap(resamples=200)
@@ -34,7 +40,7 @@ def test_repeats_models_and_people_each_have_their_rows() -> None:
         for measure, between in [
             ("krippendorff_alpha", "repeats"),
             ("cohen_kappa", "m and n"),
-            ("cohen_kappa", "people"),
+            ("cohen_kappa", "annotator and people"),
         ]
         for level in ("category", "class")
     }
@@ -44,7 +50,7 @@ def test_repeats_models_and_people_each_have_their_rows() -> None:
     assert found["krippendorff_alpha", "repeats", "class"].value == 1
     # abcab against bacab: 3 of 5 agree; by chance (2 * 2 + 2 * 2 + 1 * 1) / 25.
     assert found["cohen_kappa", "m and n", "category"].value == pytest.approx(1 - (2 / 5) / (16 / 25))
-    assert found["cohen_kappa", "people", "category"].num_latents == 3
+    assert found["cohen_kappa", "annotator and people", "category"].num_latents == 3
 
 
 def test_latents_of_a_group_are_one_cluster() -> None:
@@ -53,6 +59,27 @@ def test_latents_of_a_group_are_one_cluster() -> None:
     grouped = agreement_of(votes, {}, GROUPS, QUICK, lambda key: (key[0], key[1] % 6))[0]
     assert apart.value == grouped.value and apart.num_latents == grouped.num_latents == 30
     assert grouped.high - grouped.low > 1.5 * (apart.high - apart.low)
+
+
+def test_agreement_takes_groups_from_the_latents_of_the_folder(tmp_path: Path) -> None:
+    """40 latents in 8 groups of five, which two repeats place alike or not together: sqrt(5) times as wide."""
+    settings = AnalysisSettings(outputs=str(tmp_path))
+    settings.analysis.agreement.resamples = 400
+    names = [category.name for category in load_taxonomy()]
+    placed = [
+        Placed(
+            latent, "m", names[latent % 3 + (repeat if latent % 8 < 3 else 0)], "c", 1.0, "m", repeat, PLACED, repeat
+        )
+        for latent in range(40)
+        for repeat in range(2)
+    ]
+    write_categories(tmp_path, placed, ["c"])
+    widths = []
+    for group in (list(range(40)), [latent % 8 for latent in range(40)]):
+        pq.write_table(pa.table({"latent": list(range(40)), "group": group}), tmp_path / "latents.parquet")
+        row = write_agreement(settings, [tmp_path], tmp_path)[0]
+        widths.append(row.high - row.low)
+    assert row.level == "category" and widths[1] > 1.7 * widths[0] > 0
 
 
 def test_latents_without_a_category_do_not_count() -> None:
@@ -66,7 +93,8 @@ def test_several_people_are_compared_with_each_other_too() -> None:
     people = {who: {("pair", i): c for i, c in enumerate(said)} for who, said in {"p": "ab", "q": "aa"}.items()}
     rows = agreement_of(votes_of("m", 0, "ab"), people, GROUPS, QUICK)
     between = [(row.measure, row.between) for row in rows if row.level == "category"]
-    expected = [("cohen_kappa", "people: p"), ("cohen_kappa", "people: q"), ("krippendorff_alpha", "people")]
+    kappas = [("cohen_kappa", f"annotator and people: {who}") for who in "pq"]
+    expected = [*kappas, ("krippendorff_alpha", "people")]
     assert between == expected
     # All are of class x there: chance alone agrees.
     assert all(math.isnan(row.value) for row in rows if row.level == "class")

@@ -22,10 +22,7 @@ from tests.analysis.asked import config, rows
 from tests.analysis.made_study import make_study
 from tests.analysis.messages_stub import MessagesStub
 
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ANTHROPIC_API_KEY", "key-of-the-test")
+pytestmark = pytest.mark.usefixtures("key")
 
 
 def answer(body: dict[str, Any]) -> Any:
@@ -123,6 +120,14 @@ def test_what_was_discovered_stays(
         write_annotations(folders[0], [replace(records[0], description="something else"), *records[1:]])
         discover(settings, folders)
         assert "have changed since" in capsys.readouterr().out and path.read_bytes() == before
+
+
+def test_without_descriptions_there_is_no_taxonomy(study: tuple[AnalysisSettings, list[Path]]) -> None:
+    settings, folders = study
+    for folder in folders:
+        write_annotations(folder, [replace(record, outcome="failed") for record in read_annotations(folder)])
+    with pytest.raises(BadInput, match=r"No latent is described.* See annotations\.jsonl"):
+        pool(settings, folders)
 
 
 def test_one_side_alone_makes_no_taxonomy(study: tuple[AnalysisSettings, list[Path]]) -> None:

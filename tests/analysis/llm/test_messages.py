@@ -117,8 +117,10 @@ def test_costs_by_hand() -> None:
     usage = {"input_tokens": 1000, "output_tokens": 200, "cache_write_tokens": 4000, "cache_read_tokens": 10_000}
     price = Price(2.0, 10.0, 2.5, 0.1)
     # 0.002 + 0.002 + 0.01 + 0.001
-    assert price.of(usage, batch=False) == pytest.approx(0.015)
-    assert price.of(usage, batch=True) == pytest.approx(0.0075)
+    assert price.of(usage) == pytest.approx(0.015)
+    halved = price_of("m", LlmConfig(prices={"m": [2.0, 10.0, 2.5, 0.1]}), batch=True)
+    assert halved.of(usage) == pytest.approx(0.0075)
+    assert price.worst(1000, 200) == pytest.approx(0.0045) == price.expected(1000, 200) + 0.0005
 
 
 def test_a_response_without_usage_used_nothing() -> None:
@@ -136,5 +138,5 @@ def test_prices_come_from_the_settings_then_from_the_table() -> None:
     assert price_of("claude-sonnet-5-5", LlmConfig()) == Price(2.0, 10.0, 2.5, 0.1)
     assert price_of("claude-sonnet-5-5", LlmConfig(prices={"claude-sonnet-5-5": [1, 2, 3, 4]})) == Price(1, 2, 3, 4)
     assert price_of("qwen", LlmConfig(base_url="http://localhost")) == Price(0, 0, 0, 0)
-    with pytest.raises(BadInput, match=r"\+analysis\.llm\.prices\.claude-new=\["):
+    with pytest.raises(BadInput, match=r"'\+analysis\.llm\.prices=\{claude-new:\["):
         price_of("claude-new", LlmConfig())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import math
 import socket
 from dataclasses import replace
@@ -13,27 +11,19 @@ from typing import Any
 import pytest
 
 from analysis.__main__ import _check_access
-from analysis.annotate.step import annotate
 from analysis.config import AnalysisConfig, AnalysisSettings, check_analysis
-from analysis.expenses import check_expenses, expenses_of, owned_of
-from analysis.llm import client
+from analysis.expenses import check_expenses
 from analysis.llm.asking import ask
 from analysis.llm.config import LlmConfig
-from analysis.llm.estimating import Estimate, estimate
 from analysis.llm.ledger import Ledger
 from analysis.llm.preflight import check_access
-from analysis.steps import Step
+from analysis.llm.prices import Price, price_of
+from analysis.steps import Step, run_steps
+from extract.command import compose
 from extract.errors import BadInput
-from tests.analysis.asked import MODEL, anything, config, question
+from tests.analysis.asked import MODEL, anything, config, estimated, question
 from tests.analysis.made_study import make_study
 from tests.analysis.messages_stub import MessagesStub
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ANTHROPIC_API_KEY", "key-of-the-test")
-    monkeypatch.delenv("ANTHROPIC_AUTH_TOKEN", raising=False)
-    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.02)
 
 
 def test_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,10 +101,17 @@ def test_a_model_without_a_price(monkeypatch: pytest.MonkeyPatch) -> None:
     with MessagesStub() as stub:
         monkeypatch.setenv("ANTHROPIC_BASE_URL", stub.url)
         with pytest.raises(
-            BadInput, match=r"No price of the model claude-next-6.*\+analysis\.llm\.prices\.claude-next-6="
+            BadInput, match=r"No price of the model claude-next-6.*\+analysis\.llm\.prices=\{claude-next-6:\["
         ):
             check_access(LlmConfig(model="claude-next-6"))
         check_access(LlmConfig(model="claude-next-6", prices={"claude-next-6": [1.0, 2.0, 3.0, 4.0]}))
+
+
+@pytest.mark.parametrize("name", ["claude-next-6", "gpt-4.1", "org/Name-2.5", r"llama3\:8b"])
+def test_any_model_can_be_given_a_price_on_the_command_line(name: str) -> None:
+    settings = compose(AnalysisSettings, ["experiment=demo", f"+analysis.llm.prices={{{name}:[1,2.5,3,4]}}"])
+    found = price_of(name.replace("\\", ""), settings.analysis.llm)
+    assert found == Price(1, 2.5, 3, 4)
 
 
 def test_a_server_that_is_not_there() -> None:
@@ -141,56 +138,48 @@ def test_a_local_server_needs_no_key_no_price_and_no_counting(
 def test_the_command_says_so_before_other_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = AnalysisSettings()
     settings.analysis.annotate.annotator = "llm"
-    step = Step("score", {"judge": MODEL, "limits": (1, 2)}, {}, ("scores.csv",), lambda: None)
-    work, record, output = {tmp_path: [step]}, tmp_path / "score.json", tmp_path / "scores.csv"
+    weights, latents, scores = (tmp_path / name for name in ("weights", "latents.parquet", "scores.csv"))
+    first = Step("latents", {}, {"weights": weights}, (latents.name,), lambda: latents.write_text(weights.read_text()))
+    last = Step("score", {"judge": MODEL}, {latents.name: latents}, (scores.name,), lambda: scores.write_text(""))
     monkeypatch.delenv("ANTHROPIC_API_KEY")
 
-    def refused() -> None:
+    def refused(*steps: Step) -> None:
         with pytest.raises(BadInput, match="No key"):
-            _check_access(settings, work)
+            _check_access(settings, {tmp_path: list(steps)})
 
-    refused()
-    output.write_text("")
-    record.write_text(json.dumps({"settings": {"judge": None}}))  # of an offline annotator
-    refused()
-    record.write_text(json.dumps({"settings": step.settings}))
-    assert not _check_access(settings, work)  # nothing is left to ask, as far as can be seen
-    output.unlink()
-    refused()
-    output.write_text("")
-    work[tmp_path] = [replace(step, is_lacking=lambda: True)]
-    refused()
+    refused(first, last)
+    weights.write_text("trained")
+    run_steps([first, last], tmp_path)
+    assert not _check_access(settings, {tmp_path: [first, last]})  # all is done
+    refused(first, replace(last, settings={"judge": None}))
+    refused(first, replace(last, is_lacking=lambda: True))
+    refused(replace(first, settings={"threshold": 1}), last)  # what is made of it may lead to questions
+    weights.write_text("trained again")
+    refused(first, last)
+    run_steps([first], tmp_path)
+    refused(first, last)  # as where the estimate was refused after that
+    run_steps([last], tmp_path)
+    scores.unlink()
+    refused(first, last)
 
 
-def test_a_study_that_is_too_dear_is_refused_before_its_first_pair_is_paid(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_that_is_too_dear_is_refused_before_its_first_pair_is_paid(tmp_path: Path) -> None:
     with MessagesStub() as stub:
         settings, folders = make_study(tmp_path)
         settings.analysis.annotate.annotator = "llm"
         settings.analysis.llm = config(stub, repeats=2)
-        counts = {each.kind: each.count for each in expenses_of(settings, 5, {"annotate": 100.0, "scoring": 50.0})}
-        assert counts == {"describe": 10, "categorise": 10, "detect": 10, "fuzz": 10}
         settings.analysis.llm.max_usd = 0.35  # enough for one of the two pairs
         check_expenses(settings, folders[:1])
-        with pytest.raises(BadInput, match=r"language models: .* in all, more than .*max_usd \(\$0\.3500.*Nothing was"):
+        with pytest.raises(BadInput, match=r"language models: .* in all, more than .*max_usd \(\$0\.35.*Nothing was"):
             check_expenses(settings, folders)
-        annotate(settings, folders[0])
-        capsys.readouterr()
-        settings.analysis.llm.max_usd = 10.0
-        check_expenses(settings, folders[:1])  # what was answered is not paid for again
-        num_latents = len(owned_of(folders[0]))
-    assert f"about {6 * num_latents} questions on {num_latents} latents" in capsys.readouterr().out
+        settings.analysis.llm.mode = "batch"  # half the price
+        check_expenses(settings, folders)
+        assert not stub.bodies
 
 
 def test_batches_are_estimated_at_half_the_price(tmp_path: Path) -> None:
-    async def estimated(mode: str) -> Estimate:
-        llm = config(stub, mode=mode)
-        async with client.connect(llm) as connected:
-            return await estimate(connected, [question(1)], llm, ledger)
-
     with MessagesStub() as stub, Ledger(tmp_path / "requests.sqlite") as ledger:
-        dear, cheap = asyncio.run(estimated("sync")), asyncio.run(estimated("batch"))
+        dear, cheap = (estimated([question(1)], config(stub, mode=mode), ledger) for mode in ("sync", "batch"))
     assert cheap.usd == pytest.approx(dear.usd / 2) and dear.usd > 0
     assert list(cheap.worst.values()) == pytest.approx([usd / 2 for usd in dear.worst.values()])
 
@@ -222,8 +211,9 @@ def refuse(handler: Any, name: list[str]) -> None:
         ("effort", "huge", "analysis.llm.effort"),
         ("model", "", "analysis.llm.model"),
         ("second_model", MODEL, "analysis.llm.second_model"),
-        ("prices", {"m": [1.0, 2.0]}, "analysis.llm.prices.m"),
-        ("prices", {"m": [1.0, 2.0, math.nan, 1.0]}, "analysis.llm.prices.m"),
+        ("prices", {"m": [1.0, 2.0]}, r"analysis.llm.prices: that of m \(\[1.0, 2.0\]\)"),
+        ("prices", {"m": [1.0, 2.0, math.nan, 1.0]}, "analysis.llm.prices: that of m"),
+        ("prices", {"m": [1.0, "2", 3.0, 1.0]}, "analysis.llm.prices: that of m"),
     ],
 )
 def test_settings_that_cannot_be_used(name: str, value: Any, message: str) -> None:
@@ -233,7 +223,9 @@ def test_settings_that_cannot_be_used(name: str, value: Any, message: str) -> No
         check_analysis(analysis)
 
 
-@pytest.mark.parametrize(("section", "name"), [("annotate", "annotator"), ("taxonomy", "placer")])
+@pytest.mark.parametrize(
+    ("section", "name"), [("annotate", "annotator"), ("taxonomy", "placer"), ("taxonomy", "encoder")]
+)
 def test_annotators_are_named_right(section: str, name: str) -> None:
     analysis = AnalysisConfig()
     setattr(getattr(analysis, section), name, "gpt")
