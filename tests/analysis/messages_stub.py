@@ -46,13 +46,8 @@ class MessagesStub:
         local: bool = False,
     ) -> None:
         # `local`: like a server of local models, without a key, batches, counting, or models by name.
-        self.plan, self.answer, self.latency, self.batch_s, self.local = (
-            plan,
-            answer or by_schema,
-            latency,
-            batch_s,
-            local,
-        )
+        self.plan, self.answer = plan, answer or by_schema
+        self.latency, self.batch_s, self.local = latency, batch_s, local
         self.paid: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
