@@ -41,27 +41,7 @@ def render(settings: AnalysisSettings, pairs: list[Pair], context: dict[str, Any
     config = settings.analysis.report
     cards = in_order(pairs)
     first = {anchor_of(row.pair, row.latent) for row in context["measured"] if row.found and row.latent is not None}
-    script, style = _part("report.js"), _part("report.css")
-    shown: dict[str, Any] = {
-        "title": config.title or f"What tuning changed: {settings.study}",
-        "settings": settings,
-        "pairs": pairs,
-        "num_models": max(len(pair.models) for pair in pairs),
-        "anchors": {card.anchor for card in cards},
-        "num_by_hand": sum(card.human is not None for card in cards),
-        "anchor_of": anchor_of,
-        "split_member": split_member,
-        "colours": {owner: figures.INK for pair in pairs for owner in pair.num_own} | colours,
-        "annotator": "; ".join(sorted({card.annotator for card in cards})) or "none",
-        "files_of": lambda name: [f"../analysis/{pair.name}/{name}" for pair in pairs],
-        "runs_of": lambda name: [f"../runs/{pair.name}/{name}" for pair in pairs if pair.curves],
-        "provenance": provenance(),
-        "script": Markup(script),
-        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "style": Markup(style),
-        "oversize": None,
-        **context,
-    }
+    shown = _shown(settings, pairs, cards, colours) | context
     template = _environment().get_template("report.html.j2")
 
     def page(payload: Payload) -> str:
@@ -79,6 +59,30 @@ def render(settings: AnalysisSettings, pairs: list[Pair], context: dict[str, Any
             f"analysis.report.max_megabytes={config.max_megabytes:g}. Raise it to have cards."
         )
     return page(payload_of(cards, first, colour_of, budget))
+
+
+def _shown(settings: AnalysisSettings, pairs: list[Pair], cards: list[Card], colours: dict[str, str]) -> dict[str, Any]:
+    """What every section may use besides its own context."""
+    script, style = _part("report.js"), _part("report.css")
+    return {
+        "title": settings.analysis.report.title or f"What tuning changed: {settings.study}",
+        "settings": settings,
+        "pairs": pairs,
+        "num_models": max(len(pair.models) for pair in pairs),
+        "anchors": {card.anchor for card in cards},
+        "num_by_hand": sum(card.human is not None for card in cards),
+        "anchor_of": anchor_of,
+        "split_member": split_member,
+        "colours": {owner: figures.INK for pair in pairs for owner in pair.num_own} | colours,
+        "annotator": "; ".join(sorted({card.annotator for card in cards})) or "none",
+        "files_of": lambda name: [f"../analysis/{pair.name}/{name}" for pair in pairs],
+        "runs_of": lambda name: [f"../runs/{pair.name}/{name}" for pair in pairs if pair.curves],
+        "provenance": provenance(),
+        "script": Markup(script),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "style": Markup(style),
+        "oversize": None,
+    }
 
 
 def in_order(pairs: list[Pair]) -> list[Card]:

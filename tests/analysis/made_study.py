@@ -181,14 +181,8 @@ def write_examples(path: Path, planted: dict[int, str], num_documents: int = 8, 
         number = 0
         for latent, text in planted.items():
             for rank in range(num_documents):
-                before = [
-                    "<|im_start|>",
-                    "user",
-                    "\n",
-                    *split_tokens(" ".join(rng.choice(FILLER, 12))),
-                    "<|im_end|>",
-                    "\n",
-                ]
+                filler = split_tokens(" ".join(rng.choice(FILLER, 12)))
+                before = ["<|im_start|>", "user", "\n", *filler, "<|im_end|>", "\n"]
                 tokens = before + split_tokens(" " + text) + split_tokens(" " + " ".join(rng.choice(FILLER, 30)))
                 fired = [[len(before) + i, round(float(10 - rank - i / 2), 3)] for i in range(4)]
                 database.execute(

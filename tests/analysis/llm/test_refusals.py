@@ -103,10 +103,12 @@ def test_the_server_may_say_whether_to_send_again(path: Path, status: int, told:
 
 @pytest.mark.parametrize("says", ["seconds", "date"])
 def test_retry_after_is_honoured_by_all_requests(path: Path, says: str) -> None:
-    after = "0.8"
-    if says == "date":
-        after = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True).replace(" ", "_")
-    plan = fates({"thing 0": [f"status 429 retry-after {after}"]})
+    def plan(prompt: str, nth: int) -> str:
+        if prompt != "thing 0" or nth:
+            return "answer"
+        date = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)  # in whole seconds
+        return f"status 429 retry-after {'0.8' if says == 'seconds' else date.replace(' ', '_')}"
+
     with MessagesStub(plan) as stub, Ledger(path) as ledger:
         answers = ask([question(n) for n in range(6)], anything, config(stub, concurrency=2), ledger)
     times = stub.times[content_of(stub.bodies[0])]
