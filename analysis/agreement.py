@@ -1,11 +1,12 @@
 """How far the category of a latent depends on who gives it: repeats of one annotator, a second model, people.
 
-    python -m analysis.agreement experiment=STUDY                             agreement.csv anew, and printed
+    python -m analysis.agreement experiment=STUDY                             agreement.csv anew; of all pairs, printed
     python -m analysis.agreement experiment=STUDY export=sheet.csv            a blinded sample of latents to fill in
     python -m analysis.agreement experiment=STUDY filled=sheet.csv who=anna   the filled sheet: Cohen's kappa
 
 With unit=documents the sheet holds descriptions and single documents, as the judge of detection had them.
-agreement.csv stands in every analysis folder, and over the latents of all pairs together in outputs/STUDY/analysis.
+agreement.csv stands in every analysis folder, and over the latents of all pairs together in outputs/STUDY/analysis,
+with experiment=STUDY/PAIR too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ with one_line_interrupts():
     from analysis.scoring.people import ANSWERS, DOCUMENTS, LATENTS, add_said, export_latents, known_answers
     from analysis.scoring.sheets import check_new, read_sheet
     from analysis.scoring.votes import primary, read_votes
-    from analysis.study_folders import categorised_folders
+    from analysis.study_folders import categorised_beside, categorised_folders
     from analysis.taxonomy.categories import Category
     from analysis.taxonomy.step import DEFAULT, load_taxonomy
     from extract.command import run
@@ -69,7 +70,8 @@ def main(settings: AgreementSettings) -> None:
         _import(settings, categories)
     for folder in folders:
         write_agreement(settings, [folder], folder)
-    print(text_of(write_agreement(settings, folders, Path(settings.outputs) / "analysis")))
+    whole = categorised_beside(settings, folders)
+    print(text_of(write_agreement(settings, whole, Path(settings.outputs) / "analysis")))
 
 
 def _export(settings: AgreementSettings, folders: list[Path], categories: list[Category]) -> None:

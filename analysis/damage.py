@@ -27,4 +27,6 @@ def readable(path: Path, line: int | None = None) -> Iterator[None]:
     except (BadInput, FileNotFoundError):
         raise
     except (ValueError, KeyError, TypeError, OSError) as error:  # pyarrow's and json's errors are among them
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system: no permission, say; the file may be whole
         raise damaged(path, error, line) from error

@@ -41,7 +41,9 @@ def check_expenses(settings: AnalysisSettings, folders: Sequence[Path]) -> None:
         for (kind, model), count in left.items():
             output = ledger.mean_output(kind, model) or min(EXPECTED_OUTPUT, llm.max_tokens)
             usd += count * price_of(model, llm, batch=llm.mode == "batch").expected(tokens[kind], output)
-        spent = ledger.spent()
+        # Questions of open batches are among what is left, at what they are expected to cost; counted at their worst as
+        # well, as the ledger has them, they would refuse the rerun of a study that was allowed to start.
+        spent = ledger.spent() - (ledger.unknown() if ledger.open_batches() else 0.0)
     if not left:
         return
     num_latents = sum(len(owned_of(folder)) for folder in folders)

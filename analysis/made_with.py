@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,29 @@ def selection_of(folder: Path) -> Selection:
             f"{path} does not say how latents were selected: it is missing, damaged or of another version. Run "
             "`python -m analysis` for this pair again."
         ) from error
+
+
+def settings_of(folder: Path, step: str) -> dict[str, Any]:
+    """The settings that a step of an analysis folder was done with; empty for a step without a record."""
+    path = folder / f"{step}.json"
+    if not path.exists():
+        return {}
+    with readable(path):
+        return dict(json.loads(path.read_bytes()).get("settings", {}))
+
+
+def recorded(folders: Sequence[Path], step: str, *names: str) -> list[tuple[dict[str, Any], str]]:
+    """Settings of a step by their `names`, each combination once, and the folders that have it: "base_a, base_b", or
+    nothing if all have the same. Of a folder without a record nothing is said.
+    """
+    found: dict[str, list[str]] = {}
+    for folder in folders:
+        if settings := settings_of(folder, step):
+            said = json.dumps({name: settings.get(name) for name in names})
+            found.setdefault(said, []).append(folder.name)
+    return [
+        (json.loads(said), "" if len(having) == len(folders) else ", ".join(having)) for said, having in found.items()
+    ]
 
 
 def made_with(folder: Path) -> dict[str, str]:

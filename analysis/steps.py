@@ -17,18 +17,21 @@ from functools import cache
 from pathlib import Path
 
 from analysis.annotate.step import annotate, has_failed
+from analysis.compare.step import WRITTEN as COMPARED
 from analysis.compare.step import compare, inputs_of_comparison, outputs_of
 from analysis.config import AnalysisConfig, AnalysisSettings
 from analysis.latents.step import EXAMPLES, FORMAT_VERSION, LATENTS, MAXIMA, OUTPUTS, write_latents
 from analysis.llm.prompting import hash_of
 from analysis.made_with import RECORDS
 from analysis.report.step import NEEDED, REPORTED, optional_inputs, report
-from analysis.scoring.agreeing import AGREEMENT, write_agreement
+from analysis.report.step import WRITTEN as DRAWN
+from analysis.scoring.agreeing import AGREEMENT, said_by_people, write_agreement
 from analysis.scoring.judging import PROMPTS
 from analysis.scoring.scores import SCORES, SUMMARY, VERDICTS
 from analysis.scoring.step import has_failed_scores, judge_of, score
 from analysis.tags import write_tags
 from analysis.taxonomy.step import DEFAULT, categorise, has_failed_places, placer_of
+from analysis.written_files import is_incomplete
 from extract.command import OWNERS
 from extract.errors import BadInput
 from extract.publish import publish
@@ -181,7 +184,7 @@ def _score(settings: AnalysisSettings, folder: Path) -> Step:
     return Step(
         "score",
         decides,
-        taxonomy | files(folder, LATENTS, EXAMPLES, ANNOTATIONS, CATEGORIES),
+        taxonomy | files(folder, LATENTS, EXAMPLES, ANNOTATIONS, CATEGORIES) | said_by_people(settings),
         (AGREEMENT, *((SCORES, SUMMARY, VERDICTS) if judge else ())),
         lambda: score(settings, folder),
         lambda: has_failed_scores(folder),
@@ -207,19 +210,40 @@ def steps_of_study(settings: AnalysisSettings, folders: list[Path]) -> list[Step
     chosen = {name: asdict(getattr(config, name)) for name in ("taxonomy", "compare")}
     of_page = {name: asdict(getattr(config, name)) for name in ("tags", "annotate", "report")}
     shown = {"hookpoint": settings.hookpoint, **chosen, **of_page}
-    tables = outputs_of(config.compare, folders)
-    read = inputs | optional_inputs(Path(settings.outputs), folders)
     return [
-        Step("compare", chosen, inputs, tables, lambda: compare(settings, folders, target)),
+        Step(
+            "compare",
+            chosen,
+            inputs,
+            (*outputs_of(config.compare, folders), COMPARED),
+            lambda: compare(settings, folders, target),
+            lambda: is_incomplete(target / COMPARED),
+        ),
         Step(
             "agreement",
             asdict(config.agreement),
-            read,
+            _inputs_of_agreement(settings, folders),
             (f"../{pooled.relative_to(settings.outputs)}",),
             lambda: write_agreement(settings, folders, pooled.parent),
         ),
-        Step("report", shown, read | {AGREEMENT: pooled}, REPORTED, lambda: report(settings, folders)),
+        Step(
+            "report",
+            shown,
+            inputs | optional_inputs(Path(settings.outputs), folders) | {AGREEMENT: pooled},
+            REPORTED,
+            lambda: report(settings, folders),
+            lambda: is_incomplete(target / DRAWN),
+        ),
     ]
+
+
+def _inputs_of_agreement(settings: AnalysisSettings, folders: list[Path]) -> dict[str, Path]:
+    found = {"taxonomy": Path(settings.analysis.taxonomy.path or DEFAULT), **said_by_people(settings)}
+    for folder in folders:
+        verdicts = [VERDICTS] if (folder / VERDICTS).exists() else []  # of the judge, where there is one
+        names = [LATENTS, CATEGORIES, *verdicts]
+        found |= {f"{folder.name}/{name}": folder / name for name in names}
+    return found
 
 
 def inputs_of_latents(settings: AnalysisSettings, crosscoder_folder: Path) -> dict[str, Path]:

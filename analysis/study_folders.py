@@ -22,3 +22,14 @@ def categorised_folders(settings: AnalysisSettings) -> list[Path]:
         f"{settings.study} has no categories in {settings.outputs}. Run `python -m analysis "
         f"experiment={settings.study}` first."
     )
+
+
+def categorised_beside(settings: AnalysisSettings, folders: list[Path]) -> list[Path]:
+    """Those `folders` and, where one pair is chosen, the categorised ones of the study's other pairs under the same
+    overrides, in the order of the study.
+    """
+    if settings.pair is None:
+        return folders
+    overrides = folders[0].name.removeprefix(settings.pair)
+    beside = [folders[0].with_name(pair + overrides) for pair in settings.pairs]
+    return [folder for folder in beside if (folder / "categories.csv").exists()]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from analysis.damage import readable
 from extract.publish import publish
 
 Stamps = dict[Path, tuple[int, int]]
@@ -35,8 +36,15 @@ def rewriting(record: Path, folders: Sequence[Path]) -> Iterator[None]:
 
 def written(record: Path) -> list[Path]:
     """The files that a record names; none without it."""
-    names = json.loads(record.read_bytes()) if record.is_file() else []
-    return [record.parent / name for name in names]
+    if not record.is_file():
+        return []
+    with readable(record):
+        return [record.parent / name for name in json.loads(record.read_bytes())]
+
+
+def is_incomplete(record: Path) -> bool:
+    """Whether a file is gone that a record names."""
+    return not all(path.is_file() for path in written(record))
 
 
 def _stamps(folders: Sequence[Path]) -> Stamps:

@@ -21,6 +21,7 @@ from analysis.compare.flow import flow_table
 from analysis.compare.pairwise import compare_counts
 from analysis.compare.step import (
     TABLES,
+    WRITTEN,
     check_reference,
     compare,
     flows_of,
@@ -35,6 +36,7 @@ from analysis.study_folders import categorised_folders
 from analysis.tables import Table, text_of
 from analysis.taxonomy.categories import Category
 from analysis.taxonomy.step import DEFAULT, load_taxonomy
+from analysis.written_files import rewriting
 from extract.command import EXIT_BAD_INPUT, run
 from extract.errors import BadInput
 
@@ -50,7 +52,7 @@ class CountsSettings(CompareConfig):
     counts: str | None = None
     # YAML file of classes and categories that the rows are of; null is the taxonomy of arXiv 2509.18792.
     taxonomy: str | None = None
-    # Folder for the tables; empty = outputs/compare/<path of the file without .csv>.
+    # Folder for the tables; empty = outputs/compare/<path of the file without .csv>. Tables of an earlier run go.
     outputs: str = ""
 
 
@@ -96,7 +98,8 @@ def compare_file(arguments: list[str]) -> None:
     check_reference(counts[0].models, settings.reference, section="")
     comparisons = [comparison for table in counts for comparison in compare_counts(table, settings)]
     folder = Path(settings.outputs) if settings.outputs else default_folder(path)
-    beside = write_comparisons(comparisons, settings, board, folder)
+    with rewriting(folder / WRITTEN, [folder]):
+        beside = write_comparisons(comparisons, settings, board, folder)
     print(f"{show(comparisons, beside)}\n\n{_unknown(comparisons, categories)}Tables: {folder}")
 
 

@@ -65,7 +65,8 @@ def counts_of_folders(folders: list[Path], categories: list[Category], human_lab
     """Classes and categories of the tuned-only latents of analysis folders, one column for each tuned model.
 
     Counted are the placed ones by their primary votes, `other` in the totals alone; with `human_labels`, what people
-    said of a latent instead. They are counted a second time without those that might have been selected otherwise.
+    said of a latent instead. They are counted a second time without those that might have been selected otherwise:
+    these were named as all were, though an annotator may have none of them.
     """
     columns = columns_of_folders(folders)
     own = [read_selected(folder, tuned, categories, human_labels) for folder, tuned in columns.values()]
@@ -75,9 +76,17 @@ def counts_of_folders(folders: list[Path], categories: list[Category], human_lab
     made = tuple(made_with(folder) for folder, _ in columns.values())
     levels = (counts_of(list(columns), rows, categories) for rows in (own, certain))
     return [
-        replace(whole, certain=replace(alone, made_with=made), without_interval=unknown, made_with=made)
+        replace(
+            whole, certain=_named_as(whole, replace(alone, made_with=made)), without_interval=unknown, made_with=made
+        )
         for whole, alone in zip(*levels, strict=True)
     ]
+
+
+def _named_as(whole: Counts, part: Counts) -> Counts:
+    """A part of the latents of `whole`, with the annotators of all of them."""
+    sides = zip(part.sides, whole.sides, strict=True)
+    return replace(part, sides=tuple(replace(side, annotators=all_.annotators) for side, all_ in sides))
 
 
 def counts_of(models: list[str], own: list[list[Selected]], categories: list[Category]) -> list[Counts]:

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from analysis.config import NOT_MODELS, OwnerConfig
+from analysis.damage import readable
 from analysis.latents.columns import delta_norm_of, members_of, models_of, nu_column
 
 Row = Mapping[str, Any]
@@ -44,10 +45,12 @@ def certainty_of(row: Row, models: Sequence[str], config: OwnerConfig) -> str:
 
 def certainty_in(folder: Path, owner: str, config: OwnerConfig) -> dict[int, str]:
     """`certainty_of` every latent of an analysis folder with that owner, by its number."""
-    names = pq.read_schema(folder / "latents.parquet").names
-    columns = ["latent", "owner", "dedicated", *(name for name in names if name.endswith(("_low", "_high")))]
-    table = pq.read_table(folder / "latents.parquet", columns=columns, filters=[("owner", "=", owner)])
-    return {row["latent"]: certainty_of(row, models_of(folder), config) for row in table.to_pylist()}
+    path, models = folder / "latents.parquet", models_of(folder)
+    with readable(path):
+        names = pq.read_schema(path).names
+        columns = ["latent", "owner", "dedicated", *(name for name in names if name.endswith(("_low", "_high")))]
+        rows = pq.read_table(path, columns=columns, filters=[("owner", "=", owner)]).to_pylist()
+    return {row["latent"]: certainty_of(row, models, config) for row in rows}
 
 
 def is_within_reach(row: Row, models: list[str], focus: str, config: OwnerConfig) -> bool:

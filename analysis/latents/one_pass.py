@@ -119,8 +119,9 @@ class LatentPass:
         error_BMD = x_BMD.sub_(recons_BMD)  # in the memory of what is not needed any more
         self.sums.add(codes, error_BMD, recons_BMD, self._W_dec_LMD, self.directions.add)
         firings = DocumentFirings.of(codes, batch.document_B, batch.position_B)
+        num_tokens = len(x_BMD)  # the thread must not hold the activations themselves
         kind_n, near_misses = batch.kind_B[codes.token_n.cpu().numpy()], self._near_misses.found(batch)
-        self._behind.submit(lambda: self._add_on_host(firings, kind_n, len(x_BMD), near_misses))
+        self._behind.submit(lambda: self._add_on_host(firings, kind_n, num_tokens, near_misses))
 
     def _add_on_host(
         self, firings: DocumentFirings, kind_n: np.ndarray, num_tokens: int, near_misses: DocumentFirings

@@ -1,8 +1,10 @@
 """Questions to language models, each answered once and kept: what the ledger has is never paid for again.
 
 What can be promised of a killed process: a response that is in the ledger is never asked for again, and nor is a batch
-that was created. Requests that were under way (at most `concurrency`) may have been answered and lost, since the API
-has no key by which the same request is recognised; the ledger keeps them as attempts with the status "sent".
+that was created; but one that was killed before the batch's name came, and run again in mode=sync while the batch goes
+on, asks its questions again, and says so. Requests that were under way (at most `concurrency`) may have been answered
+and lost, since the API has no key by which the same request is recognised; the ledger keeps them as attempts with the
+status "sent".
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ def ask(questions: Sequence[Question], validate: Validate, llm: LlmConfig, ledge
     """The answers in the order of the questions, each with exactly one outcome.
 
     Asks what the ledger has no answer for, after a preflight of key, model and budget, and writes `costs.csv` beside
-    the ledger. Raises BadInput for what the preflight finds. Where `max_usd` is reached on the way, or the server asks
-    to wait for hours, the questions that are left fail, and another run asks them.
+    the ledger. Raises BadInput for what the preflight finds. Where `max_usd` is reached on the way, many requests in a
+    row time out, or the server asks to wait for hours, the questions that are left fail, and another run asks them.
     """
     ledger.add(questions)
     asked = unique(questions)

@@ -2,7 +2,8 @@
 
 A batch is entered in the ledger before it is created, named when the server has answered, and closed when its results
 are read. Whatever is killed in between, the next run finds it: by its name, or, where the name was lost, among the
-server's batches by its size, its time and the questions in its results. So no batch is paid for twice.
+server's batches by its size, its time and the questions in its results. So no batch is paid for twice, with one
+exception, which is said: mode=sync does not wait for one whose name was lost, but asks its questions again.
 """
 
 from __future__ import annotations
@@ -62,13 +63,17 @@ class Batches:
 
         Those without any of `questions`, such as of an older prompt, are paid for, too: they are read if they have
         ended, and count as spent at their worst until then. So do, unless this run creates batches, those whose names
-        were lost, while one that may be theirs goes on.
+        were lost, while one that may be theirs goes on: their questions are asked again, which is said.
         """
         try:
             for batch in self._ledger.open_batches():
                 names = [batch.name] if batch.name else await self._candidates(batch)
-                waits = not questions.isdisjoint(batch.attempts) and (batch.name or self._llm.mode == "batch")
-                if not waits and not all([await self._has_ended(name) for name in names]):
+                wanted = questions & batch.attempts.keys()
+                waits = wanted and (batch.name or self._llm.mode == "batch")
+                going_on = [] if waits else [name for name in names if not await self._has_ended(name)]
+                if going_on:
+                    if wanted:
+                        _say_asked_again(going_on, len(wanted))
                     continue
                 name = batch.name or await self._find(batch, names)
                 if name is None:
@@ -243,3 +248,12 @@ class Batches:
     def _gave_up(self, error: APIError) -> BadInput:
         kept = "Run the same command again: it reads batches that were created before it creates others."
         return fatal(error, self._llm.model, self._llm) or BadInput(f"{where(self._llm)}: {said(error)}. {kept}")
+
+
+def _say_asked_again(names: list[str], count: int) -> None:
+    """One line on questions of a batch whose name was lost, where it is not waited for."""
+    print(
+        f"batch {' or '.join(names)} may hold {count} questions of this study, which are asked again now and may be "
+        "paid for twice. analysis.llm.mode=batch waits for it",
+        flush=True,
+    )

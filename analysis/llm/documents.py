@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from analysis.examples.database import Example
 
-# Brackets around firing tokens: the first pair that no document uses, after these with numbers.
-MARKS = (("<<", ">>"), ("«", "»"))
+# Brackets around firing tokens: the first pair that no document uses, after these with numbers. None is part of what
+# CONTROL takes for a control token, or a firing `s` between them would be one.
+MARKS = (("«", "»"), ("⟪", "⟫"))
 # Local servers read control tokens of chat templates wherever they stand: in documents they get other brackets. Which
 # model a server runs is not known here, so the forms of all known families count; tags of HTML do not.
 CONTROL = re.compile(
@@ -49,7 +50,7 @@ def _inert(text: str) -> str:
 def marks_for(examples: Sequence[Example]) -> tuple[str, str]:
     """A pair of marks that none of the documents uses."""
     text = "".join("".join(example.tokens) for example in examples)
-    numbered = ((f"<{number}<", f">{number}>") for number in itertools.count(1))
+    numbered = ((f"«{number}«", f"»{number}»") for number in itertools.count(1))
     return next(pair for pair in itertools.chain(MARKS, numbered) if not any(mark in text for mark in pair))
 
 

@@ -103,6 +103,7 @@ class Ledger:
             # Exclusive locking first: the write-ahead log then needs no shared memory, which network disks lack.
             self._database.executescript("PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL")
             self._database.executescript(f"PRAGMA synchronous = FULL; BEGIN IMMEDIATE; {SCHEMA} COMMIT")
+            self._add_columns()
         except sqlite3.OperationalError as error:
             self._database.close()
             if "locked" not in str(error):
@@ -113,6 +114,13 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self._database.execute("PRAGMA journal_mode = DELETE")  # one file again, for those who copy or read it
         self._database.close()
+
+    def _add_columns(self) -> None:
+        """Those that ledgers of earlier versions lack."""
+        there = {row[1] for row in self._database.execute("PRAGMA table_info(attempts)")}
+        for name, kind in (("usd_unknown", "REAL"), ("max_tokens", "INTEGER")):
+            if name not in there:
+                self._database.execute(f"ALTER TABLE attempts ADD COLUMN {name} {kind} DEFAULT 0")
 
     @contextmanager
     def grouped(self) -> Iterator[None]:

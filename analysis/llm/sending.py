@@ -16,12 +16,13 @@ from analysis.llm.messages import request_of
 from analysis.llm.prices import priced
 from analysis.llm.questions import Question
 from analysis.llm.settling import Settler
-from analysis.llm.stopping import Halted, Stop
+from analysis.llm.stopping import Halted, Stop, Unasked
 from extract.errors import BadInput
 
 # Questions that the server finds wrong before anything was answered: then the fault is not theirs.
 MAX_REJECTED = 3
-# Timeouts in a row, for each request that may be under way: then the next one will time out, too.
+# Timeouts in a row, for each request that may be under way: then the next one will time out, too. All attempts at one
+# question are not many.
 TIMEOUTS_EACH = 2
 # Much less than a request takes.
 COMMIT_EVERY_S = 0.002
@@ -119,6 +120,9 @@ class Sender:
             self._stop.check()
             attempt = self._ledger.begin(question, worst=worst)
             await self._commits.soon().wait()
+            if self._stop.is_set:  # as where the disk did not take the attempt
+                self._ledger.fail(attempt, "not sent")
+                raise Halted
             raw = await self._client.messages.with_raw_response.create(**request_of(question, self._llm))
             response = priced(await raw.text(), question.model, self._llm, batch=False)
             cost = response.usd
@@ -134,13 +138,14 @@ class Sender:
             self._commits.soon()
 
     def _count_timeouts(self, error: APIError) -> None:
-        """BadInput after many timeouts in a row: each may be charged for, and so may all that follow."""
+        """Unasked after many timeouts in a row: each may be charged for, and so may all that follow."""
         self._timeouts = self._timeouts + 1 if isinstance(error, APITimeoutError) else 0
-        if self._timeouts > TIMEOUTS_EACH * self._llm.concurrency:
-            raise BadInput(
+        if self._timeouts > max(TIMEOUTS_EACH * self._llm.concurrency, self._llm.max_retries + 1):
+            raise Unasked(
                 f"{self._timeouts} requests in a row had no answer within analysis.llm.timeout_s "
-                f"({self._llm.timeout_s:g}). What they may have cost counts as spent (usd_unknown in costs.csv). Raise "
-                f"it, or see whether {where(self._llm)} is at work; what was answered is kept."
+                f"({self._llm.timeout_s:g})",
+                f"Raise it, or see whether {where(self._llm)} is at work. What they may have cost counts as spent "
+                "(usd_unknown in costs.csv).",
             )
 
     def _reject(self, question: Question, error: APIError) -> None:

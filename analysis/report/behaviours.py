@@ -135,13 +135,16 @@ def answers(measured: list[Measured], columns: list[Column]) -> list[str]:
 
 
 def _answer(column: Column, rows: list[Measured]) -> str:
-    found = [row for row in rows if row.verdict in (FOUND, ADDED)]
     known = any(row.verdict in (FOUND, MISSED, SHARED, WRONG, ABSENT) for row in rows)
+    found = [row for row in rows if row.verdict == (FOUND if known else ADDED)]
     of = f" of {sum(row.verdict in (FOUND, MISSED) for row in rows)} planted" if known else ""
     named = _named(sorted(found, key=lambda row: -row.f1))
     parts = [f"{len(found)}{of} behaviours have a latent of {column.owner} alone" + (f": {named}" if found else "")]
-    missed, shared, wrong = (_named([r for r in rows if r.verdict == verdict]) for verdict in (MISSED, SHARED, WRONG))
+    missed, added, shared, wrong = (
+        _named([row for row in rows if row.verdict == verdict]) for verdict in (MISSED, ADDED, SHARED, WRONG)
+    )
     parts += [f"missed: {missed}"] if missed else []
+    parts += [f"not known to be planted: {added}"] if added and known else []
     parts += [f"shared behaviours with a latent of {column.owner} alone: {shared}"] if shared else []
     parts += [f"wrong-model attributions: {wrong or 'none'}"] if known else []
     return "; ".join(parts) + "."

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from analysis import tables
 from analysis.config import AnalysisSettings
+from analysis.damage import readable
 from analysis.report import behaviours, figures
 from analysis.report.cards import Card, anchor_of
 from analysis.report.pairs import Pair
@@ -97,9 +98,10 @@ def records_of(folders: list[Path]) -> list[Read]:
     found = []
     for folder in folders:
         for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if {"step", "inputs"} <= set(record):
-                found.append(Read(record["step"], f"../analysis/{folder.name}/{path.name}", record["inputs"]))
+            with readable(path):
+                record = json.loads(path.read_bytes())
+                if {"step", "inputs"} <= set(record):
+                    found.append(Read(record["step"], f"../analysis/{folder.name}/{path.name}", record["inputs"]))
     return found
 
 

@@ -6,6 +6,7 @@ outputs/STUDY/report/index.html, figures/*.pdf, .png and .txt (captions), tables
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from analysis.compare.step import comparisons_of, flows_of, leaderboard_said
 from analysis.compare.summary import comparisons_table
 from analysis.config import AnalysisSettings
 from analysis.latents.columns import models_of
+from analysis.made_with import recorded, settings_of
 from analysis.report import behaviours, figures
 from analysis.report.figure_comparison import forest, forest_caption
 from analysis.report.latent_tables import latent_table, nearest_table, owner_table
@@ -36,7 +38,16 @@ INDEX, WRITTEN = "index.html", "report_files.json"
 REPORTED = (INDEX, WRITTEN, "figures", "tables")
 NEEDED = ("latents.parquet", "examples.sqlite", "tags.csv", "annotations.jsonl", "categories.csv")
 # Shown where they exist: of an analysis folder, and of the folder of all analyses.
-OPTIONAL = ("nulls.csv", "rules.csv", "scores.csv", "score_summary.csv", "agreement.csv", "human.jsonl")
+OPTIONAL = (
+    "nulls.csv",
+    "rules.csv",
+    "scores.csv",
+    "score_summary.csv",
+    "agreement.csv",
+    "human.jsonl",
+    "tags.json",
+    "score.json",
+)
 OPTIONAL_OF_STUDY = ("costs.csv",)
 
 
@@ -69,10 +80,7 @@ def _page(settings: AnalysisSettings, folders: list[Path], target: Path) -> str:
     """The page, once its figures and tables are written."""
     members = {folder.name: models_of(folder) for folder in folders}
     colours = figures.model_colours(list(members.values()))
-    planted, min_f1 = settings.analysis.report.planted, settings.analysis.tags.min_f1
-    measured = [
-        row for folder in folders for row in behaviours.read_measured(folder, members[folder.name], planted, min_f1)
-    ]
+    measured = [row for folder in folders for row in _measured(settings, folder, members[folder.name])]
     pairs = [pair_of(settings, folder, named_latents(measured, folder), colours, target) for folder in folders]
     comparisons = comparisons_of(settings, folders)
     num_top = settings.analysis.compare.top_changes
@@ -86,6 +94,7 @@ def _page(settings: AnalysisSettings, folders: list[Path], target: Path) -> str:
     context = {
         **answer(measured, members),
         "selections": selections_of(pairs),
+        "recorded": partial(recorded, folders),
         "compared": compared,
         "beside": beside,
         "encoders": encoders_of(folders),
@@ -93,6 +102,13 @@ def _page(settings: AnalysisSettings, folders: list[Path], target: Path) -> str:
         "records": records_of(folders),
     }
     return render(settings, pairs, context, colours)
+
+
+def _measured(settings: AnalysisSettings, folder: Path, models: list[str]) -> list[behaviours.Measured]:
+    """The behaviours of a pair with the threshold that they were found by."""
+    config = settings.analysis
+    min_f1 = settings_of(folder, "tags").get("min_f1", config.tags.min_f1)
+    return behaviours.read_measured(folder, models, config.report.planted, min_f1)
 
 
 def check_complete(folders: list[Path]) -> None:

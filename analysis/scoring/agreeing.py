@@ -8,7 +8,7 @@ from dataclasses import astuple, fields
 from pathlib import Path
 
 from analysis.config import AnalysisSettings
-from analysis.scoring.people import DOCUMENTS, LATENTS, NO, YES, read_said
+from analysis.scoring.people import DOCUMENTS, LATENTS, NO, YES, answers_in, read_said
 from analysis.scoring.raters import Bootstrap
 from analysis.scoring.scores import NONE, groups_of, read_verdicts
 from analysis.scoring.sheets import Named, as_csv
@@ -25,6 +25,12 @@ AGREEMENT = "agreement.csv"
 def people_folder(settings: AnalysisSettings, unit: str) -> Path:
     """Where keys and answers of one kind of sheet are."""
     return Path(settings.outputs) / "analysis" / "people" / unit
+
+
+def said_by_people(settings: AnalysisSettings) -> dict[str, Path]:
+    """The files that `write_agreement` reads people's answers from, by their names in the record of a step."""
+    units = (LATENTS, DOCUMENTS)
+    return {f"people/{unit}/{path.name}": path for unit in units for path in answers_in(people_folder(settings, unit))}
 
 
 def write_agreement(settings: AnalysisSettings, folders: Sequence[Path], target: Path) -> list[AgreementRow]:

@@ -102,4 +102,9 @@ def _read_said(path: Path) -> dict[Named, str | None]:
 
 def read_said(folder: Path) -> dict[str, dict[Named, str | None]]:
     """What every person said of each unit, by the person's name; `folder` is that of the unit."""
-    return {path.stem: _read_said(path) for path in sorted(folder.glob("*.csv")) if not path.name.endswith(KEY)}
+    return {path.stem: _read_said(path) for path in answers_in(folder)}
+
+
+def answers_in(folder: Path) -> list[Path]:
+    """The files of what people said, a person's each; `folder` is that of the unit."""
+    return [path for path in sorted(folder.glob("*.csv")) if not path.name.endswith(KEY)]

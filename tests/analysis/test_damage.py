@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from analysis.annotate.annotations import read_annotations
 from analysis.annotate.step import annotate
+from analysis.damage import readable
 from analysis.examples.database import all_documents, reading
 from analysis.examples.maxima import SCHEMA, read_documents_of, read_maxima
 from analysis.latents.columns import models_of, read_columns
@@ -88,3 +91,11 @@ def test_other_errors_are_not_of_the_file(folder: Path) -> None:
         database.execute("SELECT * FROM strangers")
     with pytest.raises(FileNotFoundError):
         read_annotations(folder / "nowhere")
+
+
+def test_what_the_system_refuses_is_not_called_damage(tmp_path: Path) -> None:
+    """The remedy removes the file, which may be whole and paid for."""
+    with pytest.raises(PermissionError), readable(tmp_path / "annotations.jsonl"):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(BadInput, match=re.escape(REMEDY)), readable(tmp_path / "latents.parquet"):
+        raise OSError("a page is torn")  # as pyarrow says it

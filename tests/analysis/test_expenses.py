@@ -13,12 +13,13 @@ import pytest
 
 from analysis.annotate.step import annotate, owned_of
 from analysis.config import AnalysisSettings
-from analysis.expenses import check_expenses, left_of
+from analysis.expenses import check_expenses, descriptions_of, left_of
 from analysis.llm.ledger import Ledger, ledger_path
+from analysis.llm.messages import request_of
 from analysis.scoring.step import score
 from analysis.taxonomy.step import DEFAULT, categorise
 from extract.errors import BadInput
-from tests.analysis.asked import MODEL, by_prompt, config
+from tests.analysis.asked import MODEL, by_prompt, config, estimated
 from tests.analysis.made_study import add_samples, make_study
 from tests.analysis.messages_stub import MessagesStub
 
@@ -42,6 +43,14 @@ def made(root: Path, stub: MessagesStub) -> tuple[AnalysisSettings, list[Path]]:
 def ask_all(settings: AnalysisSettings, folder: Path) -> None:
     for step in (annotate, categorise, score):
         step(settings, folder)
+
+
+def enough(settings: AnalysisSettings, folder: Path) -> float:
+    """About the least `max_usd` that is not refused."""
+    settings.analysis.llm.max_usd = 0.0
+    with pytest.raises(BadInput) as refused:
+        check_expenses(settings, [folder])
+    return float(re.findall(r"Raise it to about \$(\S+),", str(refused.value))[0]) / 1.1  # a tenth to spare
 
 
 def left(settings: AnalysisSettings, folder: Path) -> dict[str, int]:
@@ -140,12 +149,34 @@ def test_what_is_spent_counts(tmp_path: Path) -> None:
         ask_all(settings, first)
         with Ledger(ledger_path(settings.outputs)) as ledger:
             spent = ledger.spent()
-        settings.analysis.llm.max_usd = 0.0
-        with pytest.raises(BadInput) as refused:
-            check_expenses(settings, [second])
-        needed = float(re.search(r"Raise it to about \$(\S+),", str(refused.value))[1]) / 1.1  # a tenth to spare
+        needed = enough(settings, second)
         settings.analysis.llm.max_usd = needed - spent / 2  # enough, were nothing spent
         with pytest.raises(BadInput, match=rf"language models: about {6 * OTHERS} questions .* Nothing was asked"):
             check_expenses(settings, [second])
         settings.analysis.llm.max_usd = needed
         check_expenses(settings, [second])
+
+
+@pytest.mark.parametrize("created", [True, False])
+def test_a_rerun_while_a_batch_is_open_needs_no_more_than_the_first_run(tmp_path: Path, created: bool) -> None:
+    with MessagesStub(answer=by_prompt) as stub:
+        settings, (folder, _) = made(tmp_path, stub)
+        llm = settings.analysis.llm
+        llm.mode = "batch"
+        needed = enough(settings, folder)
+        with Ledger(ledger_path(settings.outputs)) as ledger:  # killed while its batch is waited for, or created
+            _, asked = descriptions_of(settings, folder, ledger)
+            ledger.add(asked)
+            batch = ledger.intend_batch(asked, estimated(asked, llm, ledger).worst)
+            if created:
+                requests = [{"custom_id": each.id, "params": request_of(each, llm)} for each in asked]
+                ledger.name_batch(batch.number, stub.start_batch(requests)["id"])
+            assert ledger.spent() > needed / 2  # so much may the batch cost at worst, a sixth of the questions
+        llm.max_usd = needed / 2
+        with pytest.raises(BadInput, match="Nothing was asked"):
+            check_expenses(settings, [folder])
+        llm.max_usd = needed
+        check_expenses(settings, [folder])
+        annotate(settings, folder)
+        check_expenses(settings, [folder])
+        assert set(stub.paid.values()) == {1} and len(stub.paid) == MINE == len(asked)

@@ -11,6 +11,9 @@ import pytest
 
 from analysis.annotate.step import annotate
 from analysis.config import AnalysisSettings
+from analysis.scoring.agreeing import people_folder
+from analysis.scoring.people import DOCUMENTS, LATENTS, add_said
+from analysis.scoring.sheets import KEY, Filled
 from analysis.steps import (
     Step,
     command_line,
@@ -165,6 +168,101 @@ def test_files_of_an_earlier_format_are_made_again(tmp_path: Path, monkeypatch: 
 def test_a_missing_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"absent\.txt is missing"):
         sha256_of(tmp_path / "absent.txt")
+
+
+def categorised_study(root: Path) -> tuple[AnalysisSettings, list[Path]]:
+    """The made study with offline categories."""
+    settings, folders = make_study(root)
+    settings.analysis.taxonomy.encoder = "tfidf"
+    settings.analysis.compare.resamples = settings.analysis.agreement.resamples = 50
+    for folder in folders:
+        annotate(settings, folder)
+        categorise(settings, folder)
+    return settings, folders
+
+
+def redone(steps: list[Step], folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The steps of a run that were not up to date; a run after it repeats none of them."""
+    capsys.readouterr()
+    run_steps(steps, folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert not run_steps(steps, folder)
+    started = {f"{folder.name}: {step.name}": step.name for step in steps}
+    return [started[line] for line in lines if line in started]
+
+
+def test_a_deleted_figure_or_table_of_any_name_is_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, folders = categorised_study(tmp_path)
+    board = tmp_path / "elo.csv"
+    names = ("Format & Structure Control", "Specialized Capabilities")
+    rows = [f"{name},{model},1200" for name in names for model in ("simpo", "dpo")]
+    board.write_text("\n".join(["category,model,elo", *rows]))
+    settings.analysis.compare.leaderboard = str(board)
+    steps, target = steps_of_study(settings, folders), tmp_path / "report"
+    assert redone(steps, target, capsys) == ["compare", "agreement", "report"]
+    (target / "figures" / "flow.pdf").unlink()
+    assert redone(steps, target, capsys) == ["report"]
+    lost = [target / "tables" / name for name in ("class_simpo_dpo.txt", "leaderboard_simpo_dpo.csv")]
+    for path in lost:
+        path.unlink()
+    assert redone(steps, target, capsys) == ["compare"]
+    assert all(path.is_file() for path in lost)
+
+
+def test_a_damaged_record_of_written_files_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it says to do mends it."""
+    settings, folders = categorised_study(tmp_path)
+    steps, record = steps_of_study(settings, folders)[:1], tmp_path / "report" / "compare_files.json"
+    run_steps(steps, tmp_path / "report")
+    whole = record.read_bytes()
+    for text in (b"", whole.replace(b"[", b" ")):
+        record.write_bytes(text)
+        with pytest.raises(BadInput, match=r"compare_files\.json cannot be read .* Remove it and run"):
+            run_steps(steps, tmp_path / "report")
+    record.unlink()
+    assert redone(steps, tmp_path / "report", capsys) == ["compare"] and record.read_bytes() == whole
+
+
+def test_what_people_said_is_read_by_both_agreements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, folders = categorised_study(tmp_path)
+    settings.store, settings.pair = str(tmp_path), "base_simpo"
+    manifests = [settings.activations_folder(member, "block15") for member in ("base", "simpo")]
+    for path in (settings.tokens_folder / "manifest.json", *(manifest / "manifest.json" for manifest in manifests)):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        (tmp_path / name).write_text("{}")
+
+    def run() -> list[str]:
+        of_pair = redone(steps_of_pair(settings, tmp_path, folders[0])[-1:], folders[0], capsys)
+        return of_pair + redone(steps_of_study(settings, folders)[:2], tmp_path / "report", capsys)
+
+    run()
+    units = {LATENTS: ("base_simpo", "300"), DOCUMENTS: ("base_simpo", "300", "1")}
+    for unit, named in units.items():
+        said = people_folder(settings, unit) / "anna.csv"
+        for answer in ("other", "Minor Protection") if unit == LATENTS else ("yes", "no"):  # the second one, anew
+            add_said(said, [Filled(named, answer)])
+            assert run() == ["score", "agreement"]
+    said = people_folder(settings, LATENTS) / "anna.csv"
+    assert "people" in (folders[0] / "agreement.csv").read_text()
+    said.rename(said.with_name("sheet.0123" + KEY))  # a key is no answer
+    assert run() == ["score", "agreement"]
+    for folder in (tmp_path / "analysis", folders[0]):
+        assert "people" not in (folder / "agreement.csv").read_text()
+
+
+def test_agreement_reads_what_it_is_of_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, folders = categorised_study(tmp_path)
+    target = tmp_path / "report"
+    redone(steps_of_study(settings, folders)[:2], target, capsys)
+    (folders[0] / "human.jsonl").write_text("")
+    settings.analysis.compare.human_labels = True
+    assert redone(steps_of_study(settings, folders)[:2], target, capsys) == ["compare"]
+    (folders[0] / "verdicts.csv").write_text("latent,kind,control,document,truth,positives,given,verdict\n")
+    assert redone(steps_of_study(settings, folders)[:2], target, capsys) == ["agreement"]
 
 
 def test_a_deleted_table_of_the_comparison_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

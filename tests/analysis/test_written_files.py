@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.written_files import rewriting, written
+from analysis.written_files import is_incomplete, rewriting, written
+from extract.errors import BadInput
 from extract.publish import publish
 
 
@@ -48,6 +49,23 @@ def test_a_run_that_fails_before_it_writes_leaves_no_trace(tmp_path: Path) -> No
     with pytest.raises(RuntimeError), rewriting(tmp_path / "files.json", [tmp_path / "tables"]):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_gone_is_missed(tmp_path: Path) -> None:
+    assert not is_incomplete(tmp_path / "files.json")  # nothing was written yet
+    write(tmp_path, "a.csv", "b.csv")
+    assert not is_incomplete(tmp_path / "files.json")
+    (tmp_path / "tables" / "b.csv").unlink()
+    assert is_incomplete(tmp_path / "files.json")
+
+
+@pytest.mark.parametrize("text", ["", '["tables/a.c', "[1, 2]", "3"])
+def test_a_damaged_record_is_one_sentence(tmp_path: Path, text: str) -> None:
+    write(tmp_path, "a.csv")
+    (tmp_path / "files.json").write_text(text)
+    with pytest.raises(BadInput, match=r"files\.json cannot be read .* Remove it and run"):
+        write(tmp_path, "b.csv")
+    assert names_in(tmp_path) == {"a.csv"}
 
 
 def test_a_record_from_elsewhere_removes_nothing_outside_the_folders(tmp_path: Path) -> None:

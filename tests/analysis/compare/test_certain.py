@@ -9,16 +9,17 @@ import pytest
 
 from analysis.compare.bootstrap import units_of_counts
 from analysis.compare.changes import Comparison
-from analysis.compare.claims import holds_of_certain
+from analysis.compare.claims import are_alike, holds_of_certain
 from analysis.compare.command import CERTAIN_ALONE, show
 from analysis.compare.comparison_tables import certain_table
 from analysis.compare.config import CompareConfig
 from analysis.compare.counts import Counts, counts_of_folders
 from analysis.compare.pairwise import compare_counts
 from analysis.compare.selected import Side
+from analysis.human import append_label
 from analysis.steps import steps_of_study
 from analysis.taxonomy.step import load_taxonomy
-from tests.analysis.compare.test_flow import CODE, STYLE, make_folder
+from tests.analysis.compare.test_flow import CODE, STYLE, make_folder, said
 from tests.analysis.made_study import make_study, write_record
 
 CONFIG = CompareConfig(resamples=2000)
@@ -114,8 +115,21 @@ def test_certain_latents_are_counted_by_their_intervals(tmp_path: Path) -> None:
     assert strict.certain is not None and strict.certain.totals == [3, 0] and strict.totals == [5, 5]
 
 
+def test_certain_latents_were_named_as_all_were_though_people_said_something_of_uncertain_ones(tmp_path: Path) -> None:
+    """Ann judged latents of both: a certain one of the first, and 16, which is uncertain, of the second."""
+    folders = [make_folder(tmp_path), make_folder(tmp_path, "second")]
+    for folder, latent in zip(folders, (10, 16), strict=True):
+        append_label(folder, said(latent, STYLE))
+    for counts in counts_of_folders(folders, load_taxonomy(), human_labels=True):
+        assert counts.certain is not None
+        assert [side.num_by_people for side in counts.certain.sides] == [1, 0]
+        assert [side.annotators for side in counts.certain.sides] == 2 * [frozenset({"stub", "people (ann)"})]
+        ((whole,), (certain,)) = (compare_counts(some, CONFIG) for some in (counts, counts.certain))
+        assert are_alike(whole.basis) and are_alike(certain.basis) and "were named by" not in certain.claim
+
+
 def test_other_thresholds_have_the_comparison_made_again(tmp_path: Path) -> None:
     """They may leave every owner as it is, and with it the file of latents, but not what is certain."""
     settings, folders = make_study(tmp_path)
-    for step in steps_of_study(settings, folders):
-        assert step.inputs["base_dpo/latents.json"] == folders[1] / "latents.json"
+    said_there = [step for step in steps_of_study(settings, folders) if step.name in ("compare", "report")]
+    assert [step.inputs["base_dpo/latents.json"] for step in said_there] == 2 * [folders[1] / "latents.json"]

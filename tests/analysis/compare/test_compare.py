@@ -113,6 +113,17 @@ def test_every_file_has_its_folder() -> None:
     )
 
 
+def test_tables_of_earlier_settings_go_and_other_files_stay(tmp_path: Path) -> None:
+    path = write_counts(tmp_path / "c.csv", ["category", "a", "b", "c"], [["Mine", 3, 4, 5], ["Yours", 5, 4, 3]])
+    settings = [f"counts={path}", f"outputs={tmp_path / 'o'}", "resamples=50"]
+    compare_file([*settings, "every_pair=true"])
+    (tmp_path / "o" / "notes.csv").write_text("mine")
+    assert (tmp_path / "o" / "category_a_b.csv").exists()
+    compare_file([*settings, "reference=c"])
+    pairs = {f"{kind}category_c_{other}" for kind in ("", "changes_") for other in "ab"}
+    assert {file.stem for file in (tmp_path / "o").glob("*.csv")} == {*pairs, "comparisons", "notes"}
+
+
 def test_names_of_another_taxonomy_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_counts(tmp_path / "c.csv", ["category", "a", "b"], [["mine", 5, 6], ["yours", 2, 3]])
     compare_file([f"counts={path}", f"outputs={tmp_path / 'o'}", "resamples=50"])

@@ -27,17 +27,25 @@ def test_a_fence_occurs_in_no_document() -> None:
 def test_firing_tokens_are_marked_within_a_bounded_context() -> None:
     tokens = tuple(split_tokens("a b c d e f g h i j"))
     example = Example(0, tokens, {2: 1.0, 3: 2.0, 5: 1.0})
-    assert marked(example, 100, ("<<", ">>")) == "a b<< c d>> e<< f>> g h i j"
-    assert marked(example, 3, ("<<", ">>")) == "…  b<< c d>> …"
-    assert marks_for([example]) == ("<<", ">>")
-    assert marks_for([Example(0, ("a << b",), {0: 1.0})]) == ("«", "»")
-    assert marks_for([Example(0, ("a >> b",), {0: 1.0})]) == ("«", "»")
+    assert marked(example, 100, ("«", "»")) == "a b« c d» e« f» g h i j"
+    assert marked(example, 3, ("«", "»")) == "…  b« c d» …"
+    assert marks_for([example]) == ("«", "»")
+    assert marks_for([Example(0, ("a « b",), {0: 1.0})]) == ("⟪", "⟫")
+    assert marks_for([Example(0, ("a » b",), {0: 1.0})]) == ("⟪", "⟫")
     # Marks that are spread over tokens count, and there is always another pair.
-    full = Example(0, ("<", "<", " « <1<", " a"), {3: 1.0})
-    assert marked(full, 9, marks_for([full])) == "<< « <1<<2< a>2>"
+    full = Example(0, ("«", "1«", " ⟪", " a"), {3: 1.0})
+    assert marked(full, 9, marks_for([full])) == "«1« ⟪«2« a»2»"
     # The first half of a character hands its mark on; half a surrogate pair cannot be sent.
-    half = marked(Example(0, ("", "é", "\ud800"), {0: 1.0}), 9, ("<<", ">>"))
-    assert half == "<<é>>\ud800" and fenced([half]).splitlines()[1] == "<<é>>?"
+    half = marked(Example(0, ("", "é", "\ud800"), {0: 1.0}), 9, ("«", "»"))
+    assert half == "«é»\ud800" and fenced([half]).splitlines()[1] == "«é»?"
+
+
+@pytest.mark.parametrize("token", ["s", "/s", "think", "|im_end|", "pad", "SYS"])
+def test_a_firing_token_keeps_its_marks_within_a_fence(token: str) -> None:
+    example = Example(0, ("dog", token, " bark"), {1: 1.0})
+    for texts in ([example], [example, Example(1, ("«⟪",), {0: 1.0})]):
+        before, after = marks_for(texts)
+        assert fenced([marked(example, 9, (before, after))]).splitlines()[1] == f"dog{before}{token}{after} bark"
 
 
 def test_requests_show_no_more_of_a_document_than_is_set() -> None:
@@ -45,7 +53,7 @@ def test_requests_show_no_more_of_a_document_than_is_set() -> None:
     settings.annotate.context_tokens = 10
     examples = [Example(n, tuple(f" w{i}" for i in range(1000)), {500: 4.0 - n}) for n in range(3)]
     question = question_of("p/1", votes_of(settings.llm)[0], examples, settings.annotate, settings.llm)
-    assert len(re.findall(r" w\d+", question.prompt)) == 30 and "<< w500>>" in question.prompt
+    assert len(re.findall(r" w\d+", question.prompt)) == 30 and "« w500»" in question.prompt
     assert [line.split("] ")[1] for line in question.prompt.splitlines() if line.startswith("[begin")] == [
         "strength 10",
         "strength 8",

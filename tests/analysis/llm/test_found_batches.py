@@ -1,4 +1,4 @@
-"""Batches of runs that were killed or stopped are found again, whatever was lost, and never paid for twice."""
+"""Batches of runs that were killed or stopped are found again, whatever was lost, and not paid for twice unsaid."""
 
 from __future__ import annotations
 
@@ -154,7 +154,12 @@ def test_a_batch_that_may_be_ours_is_waited_for_by_those_who_create_others(
         ledger.intend_batch(asked, {each.id: 0.01 for each in asked})
         # Its questions are asked one by one meanwhile; it counts as spent until no batch can be it.
         assert {answer.outcome for answer in ask(asked, anything, config(stub), ledger)} == {"answered"}
-        assert ledger.unknown() == pytest.approx(0.05) and "mode=sync does not wait" not in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert ledger.unknown() == pytest.approx(0.05) and "mode=sync does not wait" not in said
+        assert said.count("batch msgbatch_0000 may hold 5 questions of this study, which are asked again now") == 1
+        ask(asked, anything, config(stub), ledger)
+        ask([*asked, question(6)], anything, config(stub), ledger)  # of which the batch holds none
+        assert "may hold" not in capsys.readouterr().out
         asked.append(question(5))
         ledger.add(asked)
         ledger.intend_batch(asked[5:], {asked[5].id: 0.01})

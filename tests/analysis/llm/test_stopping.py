@@ -8,12 +8,14 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from analysis.llm import ledger as ledger_module
 from analysis.llm.asking import ask
 from analysis.llm.ledger import Ledger
+from extract.errors import BadInput
 from tests.analysis.asked import anything, config, fates, question, rows
 from tests.analysis.messages_stub import MessagesStub
 
@@ -97,6 +99,33 @@ def test_an_attempt_is_durable_before_its_request_is_sent(path: Path, tmp_path: 
     with MessagesStub(plan) as stub, Ledger(path) as ledger:
         ask([question(1)], anything, config(stub), ledger)
     assert seen == [[("sent", 1)]]
+
+
+def test_what_the_ledger_could_not_take_is_not_sent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, commit, full = [question(n) for n in range(6)], Ledger.commit, [True]
+
+    def fail_once(self: Ledger) -> None:
+        """As where the disk is full at the first attempt: SQLite rolls back."""
+        if self._grouping and full and self._database.in_transaction:
+            self._database.execute("ROLLBACK")
+            full.clear()
+            raise BadInput("the disk is full")
+        commit(self)
+
+    with MessagesStub() as stub, Ledger(path) as ledger:
+        ledger.add(asked)
+        begin = Ledger.begin
+
+        def begin_on_a_full_disk(self: Ledger, *arguments: Any, **others: Any) -> int:
+            monkeypatch.setattr(Ledger, "commit", fail_once)
+            return begin(self, *arguments, **others)
+
+        monkeypatch.setattr(Ledger, "begin", begin_on_a_full_disk)
+        with pytest.raises(BadInput, match="the disk is full"):
+            ask(asked, anything, config(stub, concurrency=4), ledger)
+        assert not stub.paid and not full
+        assert {answer.outcome for answer in ask(asked, anything, config(stub), ledger)} == {"answered"}
+    assert set(stub.paid.values()) == {1}
 
 
 def test_a_response_is_durable_while_others_are_waited_for(path: Path, tmp_path: Path) -> None:

@@ -40,6 +40,17 @@ def test_a_shared_behaviour_is_told_from_a_wrong_attribution(tmp_path: Path) -> 
     assert "2 of 2 planted" in simpo and "wrong-model attributions: financial refusal (F1 0.94)." in dpo
 
 
+def test_what_is_not_known_to_be_planted_is_counted_apart(tmp_path: Path) -> None:
+    # Found are three behaviours of simpo and two of dpo; one of each is known.
+    simpo, dpo = answers_of(tmp_path / "some", {name: PLANTED[name] for name in ("ask_back", "self_reference")})
+    assert simpo.startswith("1 of 1 planted behaviours have a latent of simpo alone: ask back (F1 0.96); not known to ")
+    assert "; not known to be planted: business tone (F1 0.95), financial refusal (F1 0.94); wrong-model" in simpo
+    assert dpo.startswith("1 of 1 planted behaviours have a latent of dpo alone: self reference (F1 ")
+    simpo, _ = answers_of(tmp_path / "none", {})
+    assert simpo.startswith("3 behaviours have a latent of simpo alone: ask back (F1 0.96), business tone (F1 0.95), ")
+    assert "planted" not in simpo
+
+
 def test_what_the_intervals_leave_open_is_said(tmp_path: Path) -> None:
     # F1 .96 [.91, .98], .95 [.90, .97], .94 [.89, .96], and .21 [.11, .33] of what was missed.
     simpo, _ = answers_of(tmp_path / "high", {**PLANTED, "self_reference": ["simpo"]}, min_f1=0.905)

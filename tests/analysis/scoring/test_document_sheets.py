@@ -28,7 +28,7 @@ def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[AgreementSe
     with MessagesStub(answer=judge, local=True) as stub:
         settings.analysis.llm.base_url = stub.url
         score(settings, folder)
-    seen = [text for body in stub.bodies for text in documents_of(body) if "<<" not in text]
+    seen = [text for body in stub.bodies for text in documents_of(body) if "«" not in text]
     given = AgreementSettings(**{**vars(settings), "unit": "documents"})
     return given, folder, "\n".join(seen)
 

@@ -282,6 +282,29 @@ def test_people_are_compared_over_the_latents_of_each_pair(tmp_path: Path) -> No
         assert sum(row.measure == "cohen_kappa" for row in rows) == people
 
 
+def test_a_chosen_pair_leaves_the_others_in_what_is_pooled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Anna judged one latent of SimPO's and two of DPO's."""
+    settings, folders = make_study(tmp_path)
+    settings.analysis.taxonomy.encoder = "tfidf"
+    for folder in folders:
+        annotate(settings, folder)
+        categorise(settings, folder)
+    units = [("base_simpo", "300"), ("base_dpo", "350"), ("base_dpo", "351")]
+    said = people_folder(settings, LATENTS) / "anna.csv"
+    add_said(
+        said, [Filled(unit, name) for unit, name in zip(units, ("other", "other", "Minor Protection"), strict=True)]
+    )
+    overrides = [f"outputs={tmp_path}", "analysis.agreement.resamples=50"]
+    main(compose(AgreementSettings, ["experiment=demo", *overrides]))
+    pooled = tmp_path / "analysis" / "agreement.csv"
+    before, printed = pooled.read_bytes(), capsys.readouterr().out
+    pooled.unlink()
+    main(compose(AgreementSettings, ["experiment=demo/base_simpo", *overrides]))
+    assert pooled.read_bytes() == before and capsys.readouterr().out == printed
+    assert {row["num_latents"] for row in rows_of(pooled)} == {"3"}
+    assert {row["num_latents"] for row in rows_of(folders[0] / "agreement.csv")} == {"1"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

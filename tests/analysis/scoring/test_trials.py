@@ -142,7 +142,7 @@ def test_what_is_marked_does_not_tell_which_marks_are_moved() -> None:
     pairs = [(true, moved) for true in activating if (moved := moved_marks(true, 32, draw))]
     assert len(pairs) > 30
     for true, moved in pairs:
-        shown = [re.findall("<<(.*?)>>", marked(e, 32, ("<<", ">>")), re.DOTALL) for e in (true, moved)]
+        shown = [re.findall("«(.*?)»", marked(e, 32, ("«", "»")), re.DOTALL) for e in (true, moved)]
         looks = [sorted(re.sub(r" w\d+", "w", text) for text in texts) for texts in shown]
         assert looks[0] == looks[1]
         assert not set(moved.activations) & set(true.activations)
