@@ -110,7 +110,7 @@ def page(browser: Browser, address: str, seen: Seen) -> Iterator[Page]:
     page.on("request", lambda request: seen.requests.append(request.url))
     page.on("pageerror", lambda error: seen.errors.append(str(error)))
     page.on("console", lambda message: seen.errors.append(message.text) if message.type == "error" else None)
-    page.goto(address)
+    page.goto(address, timeout=60_000)
     expect(page.locator("table.latents tbody tr")).to_have_count(50)
     yield page
     page.close()
