@@ -78,17 +78,23 @@ def random_crosscoder() -> Crosscoder:
     return crosscoder
 
 
-def settings_of(root: Path) -> AnalysisSettings:
+def settings_of_store(root: Path, models: list[str]) -> AnalysisSettings:
+    """Settings for the store and tokenizer in `root`, of a crosscoder of these models."""
     settings = AnalysisSettings(
         study="tests",
         outputs=str(root),
         store=str(root / "store"),
         hookpoint="block1",
-        models={model: ModelConfig(id=str(root / "tokenizer")) for model in MODELS},
-        pairs={"base_tuned": MODELS},
+        models={model: ModelConfig(id=str(root / "tokenizer")) for model in models},
+        pairs={"base_tuned": models},
     )
     settings.crosscoder.activation_scaling = "none"
     settings.training.num_tokens_per_step, settings.data.heldout_fraction = 8, 0.0
+    return settings
+
+
+def settings_of(root: Path) -> AnalysisSettings:
+    settings = settings_of_store(root, MODELS)
     analysis = settings.analysis
     analysis.device, analysis.batch_tokens = "cpu", 12
     analysis.examples.top_documents = analysis.annotate.num_documents = 4

@@ -17,12 +17,12 @@ from analysis.latents.activity import Activity
 from analysis.latents.scaling import decoder_gram
 from analysis.latents.step import OUTPUTS, check_fit, write_latents
 from analysis.latents.table import Scaling, latent_table, owners_of
-from extract.config import ModelConfig
 from extract.errors import BadInput
 from extract.shards import write_activations, write_tokens
 from extract.stores import TokenDocument
 from extract.tokenizer import tokenizer_sha256
 from tests import tiny
+from tests.analysis.random_study import settings_of_store
 from train.config import CrosscoderConfig
 from train.crosscoder import Crosscoder
 from train.data import ActivationPairs
@@ -87,17 +87,7 @@ def stored(root: Path, acts: torch.Tensor, texts: list[str] = TEXTS) -> Analysis
 
     for m, model in enumerate(MODELS):
         write_activations(root / "store", model, "block1", documents(m))
-    settings = AnalysisSettings(
-        study="tests",
-        outputs=str(root),
-        store=str(root / "store"),
-        hookpoint="block1",
-        models={model: ModelConfig(id=str(root / "tokenizer")) for model in MODELS},
-        pairs={"base_tuned": MODELS},
-    )
-    settings.crosscoder.activation_scaling = "none"
-    settings.training.num_tokens_per_step = 8
-    settings.data.heldout_fraction = 0.0
+    settings = settings_of_store(root, MODELS)
     settings.analysis.examples.top_documents = settings.analysis.annotate.num_documents = 4
     settings.analysis.device = "cpu"
     return settings
